@@ -1,0 +1,203 @@
+"""Count what a training step costs without running it: activation bytes, FLOP and launches, exactly, on any machine.
+
+The step runs under fake tensors, which have shapes and lifetimes but no data, so a full-size step takes seconds on a CPU.
+Counted are storages that the step allocates; parameters and inputs exist before it, and what ends as a parameter's gradient
+(partial sums included) is left out, so that the figure is the activations' alone.
+
+A launch is a dispatched ATen or idm_fast op that is not a view, a prim, detach or empty (FINDINGS' definition).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from idm_fast.ops import registry
+
+GIB = 2**30
+# The CPU's attention is missing in torch's registry of FLOP formulas; the CUDA kernels of the same function are there.
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+if _FLASH_CPU not in flop_registry:
+
+    @register_flop_formula(_FLASH_CPU)
+    def _flop_flash_cpu(query, key, value, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    @register_flop_formula(_FLASH_CPU_BACKWARD)
+    def _flop_flash_cpu_backward(grad_out, query, key, value, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+_FREE_OF_CHARGE = ("prim.", "aten.detach", "aten.empty", "aten.lift_fresh", "aten._unsafe_view", "aten.alias")
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """What one training step costs.
+
+    Attributes:
+        peak_bytes: largest sum of live activation bytes.
+        held_bytes: activation bytes alive when the forward pass has returned.
+        flop: floating-point operations, a multiply-add being two.
+        launches: kernels asked for.
+        calls: how often each op ran, by name.
+    """
+
+    peak_bytes: int
+    held_bytes: int
+    flop: int
+    launches: int
+    calls: dict[str, int]
+
+    def __str__(self) -> str:
+        return (
+            f"peak {self.peak_bytes / GIB:.2f} GiB, after forward {self.held_bytes / GIB:.2f} GiB, "
+            f"{self.flop / 1e12:.1f} TFLOP, {self.launches:,} launches"
+        )
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Record every storage that ops allocate, from birth to death, and every op.
+
+    Args:
+        as_reference: run the ops of idm_fast as their plain-PyTorch references, op by op with their temporaries; otherwise
+            each is one launch that allocates its outputs, which is what a fused kernel does.
+    """
+
+    def __init__(self, as_reference: bool = False) -> None:
+        super().__init__()
+        self._as_reference = as_reference
+        self._events: list[tuple[int, int]] = []
+        """(storage number, signed bytes), in order."""
+        self._sizes: list[int] = []
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        self._parts: dict[int, set[int]] = {}
+        """Sums: number of the storage that an addition wrote → numbers of the storages that it read."""
+        self.calls: Counter[str] = Counter()
+        self.launches = 0
+        self.flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._as_reference and func.namespace == "idm_fast":
+            with self:
+                return registry.OPS[func._schema.name.partition("::")[2]].implementations["reference"][0](*args, **kwargs)
+        out = func(*args, **kwargs)
+        name = str(func)
+        self.calls[name.rpartition(".")[0]] += 1
+        if not (func.is_view or name.startswith(_FREE_OF_CHARGE)):
+            self.launches += 1
+        if func._overloadpacket in flop_registry:
+            self.flop += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        written = [self._number(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if name.startswith("aten.add"):
+            read = {self._number(leaf, born=False) for leaf in args if isinstance(leaf, Tensor)}
+            self._parts.setdefault(written[0], set()).update(read)
+        return out
+
+    def _number(self, tensor: Tensor, born: bool = True) -> int:
+        """Number of the tensor's storage; a storage seen first as an output was allocated by this op."""
+        storage = tensor.untyped_storage()
+        number = self._known.get(storage)
+        if number is None:
+            number = len(self._sizes)
+            size = storage.nbytes() if born else 0
+            self._sizes.append(size)
+            self._known[storage] = number
+            self._events.append((number, size))
+            weakref.finalize(storage, self._events.append, (number, -size)).atexit = False
+        return number
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Storages that exist before the step and are no activations."""
+        for tensor in tensors:
+            self._number(tensor, born=False)
+
+    def mark(self) -> int:
+        """The present moment, for `live_bytes`."""
+        return len(self._events)
+
+    def summarize(self, gradients: Iterable[Tensor], moment: int) -> tuple[int, int]:
+        """(peak bytes, bytes alive at `moment`), both without what became `gradients`."""
+        excluded = set()
+        pending = [self._number(gradient, born=False) for gradient in gradients]
+        while pending:
+            number = pending.pop()
+            if number not in excluded:
+                excluded.add(number)
+                pending += self._parts.get(number, ())
+        live = peak = held = 0
+        for position, (number, size) in enumerate(self._events):
+            if position == moment:
+                held = live
+            live += 0 if number in excluded else size
+            peak = max(peak, live)
+        return peak, held if moment < len(self._events) else live
+
+
+def count_step(
+    forward: Callable[[], Tensor], parameters: Iterable[Tensor], inputs: Iterable[Tensor] = (), as_reference: bool = False
+) -> StepCount:
+    """Count `forward()` (which returns the loss) and its backward, under the fake tensor mode or for real.
+
+    Args:
+        parameters: whose gradients are left out. They must have no gradient yet.
+        inputs: tensors that exist before the step.
+        as_reference: see `AllocationCounter`.
+    """
+    parameters = list(parameters)
+    counter = AllocationCounter(as_reference)
+    counter.ignore([*parameters, *inputs])
+    with counter:
+        loss = forward()
+        moment = counter.mark()
+        loss.backward()
+    del loss
+    peak, held = counter.summarize([p.grad for p in parameters if p.grad is not None], moment)
+    return StepCount(peak, held, counter.flop, counter.launches, dict(counter.calls))
+
+
+def count_training_step(
+    make_model: Callable[[], torch.nn.Module],
+    batch: int,
+    size: int,
+    ratio: float = 0.1,
+    autocast: torch.dtype | None = torch.bfloat16,
+    as_reference: bool = False,
+) -> StepCount:
+    """Count a training step of IDM: L1 loss on `batch` images of `size`², under fake tensors; setting S is (8, 256).
+
+    Args:
+        make_model: builds the IDM; called under the fake tensor mode, so that full size costs no memory.
+        autocast: dtype, or None for float32.
+    """
+    from idm_fast.physics import BlockCompressedSensing, measurements_per_block
+
+    N, q = 32 * 32, measurements_per_block(ratio, 32)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        model = make_model()
+        physics = BlockCompressedSensing.__new__(BlockCompressedSensing)
+        torch.nn.Module.__init__(physics)
+        physics.image_size = (size, size)
+        physics.register_buffer("matrix", torch.empty(N, q))
+        physics.register_buffer("permutation", torch.empty(size * size, dtype=torch.int64))
+        x = torch.rand(batch, 1, size, size)
+
+        def forward() -> Tensor:
+            context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+            with context:
+                return (model(physics.A(x), physics) - x).abs().mean()
+
+        return count_step(forward, model.parameters(), (x, physics.matrix, physics.permutation), as_reference)

@@ -1,0 +1,209 @@
+"""IDM: the diffusion sampler as a reconstruction network (DESIGN §1; Chen et al., TPAMI 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from idm_fast.models import convert
+from idm_fast.models.unet import UNet
+from idm_fast.reversible.backprop import Call, plain_chain, reversible_chain
+from idm_fast.reversible.coupling import ConvexCoupling
+from idm_fast.reversible.sequence import SMALLEST_V, ReversibleSequence, smallest_v
+
+SCHEDULES = ("store", "two_level")
+KEEPABLE = frozenset({"steps"})
+TINY = {"widths": (32, 64), "heads": 4, "norm_groups": 8, "attention": (False, True)}
+"""What makes `IDM.tiny`: a tenth of SD 1.5's widths, and attention at the lower resolution alone."""
+
+
+class IDM(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """x_T = √ᾱ_T·Aᵀy, then T sampling steps, each one U-Net call and one projection onto the measurements; no noise.
+
+    Args:
+        steps: T ≥ 1.
+        widths: U-Net channels at half and quarter image size; multiples of 4 and 16.
+        heads: of every attention. norm_groups: of every GroupNorm.
+        attention: whether the U-Net attends at half and at quarter image size.
+        schedule: what backward has: "store" is plain autograd; "two_level" recomputes steps and inverts the layers inside.
+        keep: what "two_level" stores besides: {"steps"} (the default) keeps the two one-channel images before each step;
+            {} recovers them by inversion, as published.
+        stream_dtype: "float32" or "float64", what the streams of the chains inside the U-Net are kept in.
+        trained_ratios, block_size, sensing_seed: what the weights were trained for, written by the trainer.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    config_name = "config.json"
+    _keep_in_fp32_modules = None
+
+    @register_to_config
+    def __init__(
+        self,
+        steps: int = 3,
+        widths: tuple[int, int] = (320, 640),
+        heads: int = 8,
+        norm_groups: int = 32,
+        attention: tuple[bool, bool] = (True, True),
+        schedule: str = "two_level",
+        keep: Collection[str] | None = None,
+        stream_dtype: str = "float32",
+        trained_ratios: list[float] | None = None,
+        block_size: int | None = None,
+        sensing_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"steps: {steps} is not positive")
+        if widths[0] % 4 or widths[1] % 16 or any(width % norm_groups for width in widths):
+            raise ValueError(f"widths: {tuple(widths)} must be multiples of 4 and 16, and both of norm_groups={norm_groups}")
+        chain_options = {"stream_dtype": getattr(torch, stream_dtype), "preserve_rng_state": False}
+        self.unet = UNet(
+            (widths[0], widths[1]), steps, heads, norm_groups, (attention[0], attention[1]), chain_options
+        )
+        self.input_scale = nn.Parameter(torch.ones(1))
+        self.merge_scale = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.full((steps,), 0.5))
+        self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(steps))
+        self._coupling = ConvexCoupling()
+        self.keep = keep  # type: ignore[assignment]
+        self.schedule = schedule
+
+    @property
+    def schedule(self) -> str:
+        """"store" or "two_level"; may be set at any time."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: str) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: {schedule!r} is unknown, expected one of {SCHEDULES}")
+        self._schedule = schedule
+        for module in self.modules():
+            if isinstance(module, ReversibleSequence):
+                module.recovery = "store" if schedule == "store" else "invert"
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """What "two_level" stores besides the ends of what it recomputes; see the class."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: Collection[str] | None) -> None:
+        chosen = KEEPABLE if keep is None else frozenset(keep)
+        if not chosen <= KEEPABLE:
+            raise ValueError(f"keep: {sorted(chosen - KEEPABLE)} cannot be kept, expected a subset of {sorted(KEEPABLE)}")
+        self._keep = chosen
+
+    @classmethod
+    def tiny(cls, steps: int = 3, **overrides: Any) -> IDM:
+        """A network that a CPU trains in minutes: the same wiring at a tenth of the widths (`TINY`)."""
+        return cls(steps=steps, **(TINY | overrides))
+
+    @classmethod
+    def from_stable_diffusion(cls, path_or_id: str, steps: int = 3, **overrides: Any) -> IDM:
+        """Start from the U-Net of a Stable Diffusion 1.x model: a local folder in diffusers' format, or a hub id.
+
+        Only the folder `unet` is read, from safetensors. What SD 1.5 does not have (injectors, v, scales, α) is fresh.
+
+        Raises:
+            ValueError: the U-Net is no Stable Diffusion 1.x one. OSError: nothing there.
+        """
+        state, options = convert.read_stable_diffusion(path_or_id)
+        model = cls(steps=steps, **(options | overrides))
+        convert.load_stable_diffusion(model, state)
+        return model
+
+    @classmethod
+    def from_published(cls, path: str, **overrides: Any) -> IDM:
+        """Read a checkpoint of the published code (`net_params_50.pkl`); T and the widths are taken from its shapes.
+
+        The file is read with weights_only=True: a pickle that holds anything but tensors is refused and never executed.
+
+        Raises:
+            ValueError: unreadable, unsafe, or keys or shapes that are not IDM's (they are named).
+        """
+        state = convert.read_published(path)
+        model = cls(**(convert.published_options(state) | overrides))
+        convert.load_published(model, state)
+        return model
+
+    def save_published(self, path: str) -> None:
+        """Write the weights under every key that the published code's state dict has, aliases included."""
+        convert.save_published(self, path)
+
+    def check_parameters(self) -> None:
+        """Raise ValueError when an α left (0, 1) or a v came too near 0 to be inverted; it names the parameter."""
+        alpha = self.alpha.detach()
+        if not bool(((alpha > 0) & (alpha < 1)).all()):
+            raise ValueError(
+                f"alpha: {alpha.tolist()} has left (0, 1), where √ᾱ and √(1−ᾱ) exist; "
+                "lower the learning rate, or clip gradients, and resume from an earlier checkpoint"
+            )
+        name, value = smallest_v(self)
+        outer = torch.cat([v.detach().abs() for v in self.v])
+        if not float(outer.min()) >= value:
+            name, value = f"v.{int(outer.argmin())}", float(outer.min())
+        if not value >= SMALLEST_V:
+            raise ValueError(
+                f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v; "
+                "lower the learning rate, or clip gradients, and resume from an earlier checkpoint"
+            )
+
+    def forward(self, y: Tensor, physics: Any) -> Tensor:
+        """Reconstruct.
+
+        Args:
+            y: measurements; for BlockCompressedSensing (B, H·W/N, q), in the dtype of the operator's matrix.
+            physics: the operator: `A`, `A_adjoint`, and `A_dagger` where A Aᵀ ≠ I. It must return images (B, 1, H, W) with
+                H and W multiples of 4.
+
+        Returns:
+            (B, 1, H, W), unclamped.
+
+        Raises:
+            ValueError: an image size that the U-Net cannot halve twice; in training, parameters out of range.
+        """
+        if self.training and torch.is_grad_enabled() and _values_can_be_read(self.alpha):
+            self.check_parameters()
+        aty = physics.A_adjoint(y)
+        if aty.ndim != 4 or aty.shape[1] != 1 or aty.shape[2] % 4 or aty.shape[3] % 4:
+            raise ValueError(f"physics: A_adjoint(y) is {tuple(aty.shape)}, expected (B, 1, H, W) with H and W multiples of 4")
+        abar = [torch.ones_like(self.alpha[0]), *self.alpha.cumprod(0).unbind()]
+        x = abar[-1].sqrt() * aty
+        calls = [
+            Call(partial(self._step, physics=physics, t=t), (y, aty, abar[t], abar[t - 1]))
+            for t in range(len(abar) - 1, 0, -1)
+        ]
+        run: Callable[..., tuple[Tensor, Tensor]] = plain_chain
+        if self.schedule == "two_level" and torch.is_grad_enabled():
+            run = partial(reversible_chain, keep="steps" in self.keep, preserve_rng_state=False)
+        y1, y2 = run(calls, self._coupling, list(self.v), x, self.input_scale * x, body_dtype=x.dtype)
+        return y1 + self.merge_scale * y2
+
+    def _step(
+        self, x: Tensor, y: Tensor, aty: Tensor, abar_t: Tensor, abar_prev: Tensor, *, physics: Any, t: int
+    ) -> Tensor:
+        e = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), aty, physics, t), 2).to(x.dtype)
+        if hasattr(physics, "project_step"):
+            return cast(Tensor, physics.project_step(x, e, y, abar_t, abar_prev))
+        dagger = getattr(physics, "A_dagger", physics.A_adjoint)
+        x0 = (x - (1 - abar_t).sqrt() * e) / abar_t.sqrt()
+        x0 = x0 - dagger(physics.A(x0) - y)
+        return abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * e
+
+
+def _values_can_be_read(parameter: Tensor) -> bool:
+    """Reading a value is impossible under fake tensors and tracing, and breaks a CUDA graph's capture."""
+    if torch.compiler.is_compiling() or isinstance(parameter, FakeTensor) or parameter.is_meta:
+        return False
+    return not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,26 @@
+"""The operators `idm_fast::…`: schema, fake kernel, gradient, reference, and the choice of implementation. See DESIGN §3."""
+
+from idm_fast.ops.coupling import couple, decouple, uncouple
+from idm_fast.ops.geglu import geglu
+from idm_fast.ops.group_norm import group_norm_silu
+from idm_fast.ops.injector import inject_read, inject_write
+from idm_fast.ops.projection import adjoint, gram, measure, project_step
+from idm_fast.ops.registry import choose_from_environment, report, use
+
+choose_from_environment()
+
+__all__ = [
+    "adjoint",
+    "couple",
+    "decouple",
+    "geglu",
+    "gram",
+    "group_norm_silu",
+    "inject_read",
+    "inject_write",
+    "measure",
+    "project_step",
+    "report",
+    "uncouple",
+    "use",
+]

@@ -1,0 +1,112 @@
+"""GroupNorm with an optional SiLU behind it: statistics in float32 (float64 for float64 input), only they and x are kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idm_fast.ops.registry import define_op, register_gradient
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which an op accumulates: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = statistics_dtype(x.dtype)
+    B, C = x.shape[:2]
+    out, mean, rstd = torch.native_group_norm(
+        x.to(exact).contiguous(), weight.to(exact), bias.to(exact), B, C, x.numel() // max(B * C, 1), groups, eps
+    )
+    if silu:
+        out = F.silu(out, inplace=True)
+    return out.to(dtype), mean, rstd
+
+
+def group_norm_silu_backward_reference(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = statistics_dtype(x.dtype)
+    B, C = x.shape[:2]
+    spatial = (1,) * (x.ndim - 2)
+    xf, w, g = x.to(exact).contiguous(), weight.to(exact), dout.to(exact).contiguous()
+    if silu:
+        scale = rstd.repeat_interleave(C // groups, dim=1) * w
+        shift = bias.to(exact) - mean.repeat_interleave(C // groups, dim=1) * scale
+        u = torch.addcmul(shift.view(B, C, *spatial), xf, scale.view(B, C, *spatial))
+        g = torch.ops.aten.silu_backward(g, u)
+    dx, dw, db = torch.ops.aten.native_group_norm_backward(
+        g, xf, mean, rstd, w, B, C, x.numel() // max(B * C, 1), groups, [True, True, True]
+    )
+    return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
+
+
+def _fake(x, weight, bias, groups, eps, silu, dtype):
+    statistics = x.new_empty(x.shape[0], groups, dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), statistics, statistics.clone()
+
+
+group_norm_silu_op = define_op(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    group_norm_silu_reference,
+    _fake,
+)
+group_norm_silu_backward_op = define_op(
+    "group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups,"
+    " bool silu) -> (Tensor, Tensor, Tensor)",
+    group_norm_silu_backward_reference,
+    lambda dout, x, weight, bias, mean, rstd, groups, silu: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+    ),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.groups, _, ctx.silu, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _gradient(ctx, dout: Tensor, dmean: Tensor, drstd: Tensor):
+    # mean and rstd are internal: the public function returns neither, so their gradients are never anything but zero.
+    dx, dw, db = group_norm_silu_backward_op(dout, *ctx.saved_tensors, ctx.groups, ctx.silu)
+    return dx, dw, db, None, None, None, None
+
+
+register_gradient("group_norm_silu", _gradient, _setup)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """silu(group_norm(x)), or group_norm(x) with `silu=False`.
+
+    Args:
+        x: (B, C, …), any floating dtype.
+        weight, bias: (C,).
+        groups: divides C.
+        eps: added to the variance.
+        dtype: of the output; x's own when None. Under autocast the caller asks for the dtype that the next layer wants.
+
+    Raises:
+        ValueError: C is not a multiple of `groups`, or weight and bias are not (C,).
+    """
+    C = x.shape[1]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: {groups} does not divide the {C} channels of x")
+    if weight.shape != (C,) or bias.shape != (C,):
+        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both be ({C},), as x has {C} channels")
+    return group_norm_silu_op(x, weight, bias, groups, eps, silu, dtype or x.dtype)[0]

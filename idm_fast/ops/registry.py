@@ -1,0 +1,175 @@
+"""Which implementation of an op runs, and why.
+
+Each op of `idm_fast::…` is defined once (`define_op`) with a schema, a plain-PyTorch reference and a fake kernel. Faster
+implementations register themselves behind it (`add_implementation`). A call picks one per op and device: an explicit choice
+(`use`, or the environment variable IDM_FAST_IMPL) works or raises with the reason; the automatic choice is the first of
+`ORDER` that the op has on that device. Nothing above this file ever sees an implementation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+"""Automatic order of choice. An implementation that a benchmark does not justify is not registered for automatic use."""
+
+LIBRARY = torch.library.Library("idm_fast", "DEF")
+
+
+@dataclass
+class Op:
+    """One operator: its implementations by name, each with the device types that it serves (None: every device)."""
+
+    name: str
+    overload: Callable[..., Any]
+    implementations: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = field(default_factory=dict)
+
+    def choose(self, device_type: str) -> str:
+        """Name of the implementation that serves `device_type`; RuntimeError when the explicit choice cannot."""
+        if _choice is not None:
+            return self._explicit(_choice, device_type)
+        for name in ORDER:
+            if name in self.implementations and self.serves(name, device_type):
+                return name
+        raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
+
+    def serves(self, name: str, device_type: str) -> bool:
+        devices = self.implementations[name][1]
+        return devices is None or device_type in devices
+
+    def _explicit(self, name: str, device_type: str) -> str:
+        if name not in self.implementations:
+            raise RuntimeError(f"idm_fast::{self.name} has no {name!r} implementation here: {missing_reason(name)}")
+        if not self.serves(name, device_type):
+            raise RuntimeError(
+                f"the {name!r} implementation of idm_fast::{self.name} serves {self.implementations[name][1]}, "
+                f"and the call came with tensors on {device_type!r}; move them or choose another with idm_fast.use(...)"
+            )
+        return name
+
+
+OPS: dict[str, Op] = {}
+_choice: str | None = None
+
+
+def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `idm_fast::<schema>`.
+
+    Args:
+        schema: torch schema without namespace, e.g. "couple(Tensor F, Tensor x2, Tensor v) -> Tensor".
+        reference: plain PyTorch, any dtype and device; it is the oracle.
+        fake: the same signature, allocates the outputs only.
+
+    Returns:
+        The op overload, to be called with tensors.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    op = Op(name, getattr(torch.ops.idm_fast, name).default, {"reference": (reference, None)})
+    OPS[name] = op
+
+    def kernel(*args: Any) -> Any:
+        implementation = op.implementations[op.choose(args[0].device.type)][0]
+        # An op states its own precision; autocast would lower the matrix products inside a reference.
+        with torch._C._DisableAutocast():
+            return implementation(*args)
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"idm_fast::{name}", fake, lib=LIBRARY)
+    return op.overload
+
+
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Register the hand-written gradient of `idm_fast::<name>` (torch.library.register_autograd)."""
+    torch.library.register_autograd(f"idm_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def add_implementation(op: str, name: str, function: Callable[..., Any], devices: tuple[str, ...]) -> None:
+    """Put `function` behind `idm_fast::<op>` as implementation `name` (one of ORDER) for the device types `devices`."""
+    if name not in ORDER:
+        raise ValueError(f"name: {name!r} is not an implementation; expected one of {ORDER}")
+    OPS[op].implementations[name] = (function, devices)
+
+
+def missing_reason(name: str) -> str:
+    """Why no op has implementation `name` in this installation."""
+    reasons = {
+        "triton": "this version of idm_fast ships no Triton kernels yet",
+        "cuda": "this version of idm_fast ships no CUDA extension yet",
+        "cpu": "this version of idm_fast ships no C++ extension yet",
+    }
+    return reasons.get(name, f"unknown implementation; known are {', '.join(ORDER)}")
+
+
+class use:
+    """Choose the implementation of every op: `use("reference")`, or `with use("reference"): ...`; `use(None)` is automatic.
+
+    Raises RuntimeError at once when no op has that implementation here, and at the call of an op that lacks it.
+    The choice is one for the process, as torch.backends' flags are; a reversible replay puts back the choice of its forward.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _choice
+        if name is not None and not any(name in op.implementations for op in OPS.values()):
+            raise RuntimeError(f"implementation {name!r} cannot be used: {missing_reason(name)}")
+        self._previous = _choice
+        _choice = name
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def current_choice() -> str | None:
+    """The explicit choice in force, or None for automatic."""
+    return _choice
+
+
+def choose_from_environment() -> None:
+    """Apply IDM_FAST_IMPL; called once when the ops are imported. RuntimeError names the variable when it cannot be met."""
+    name = os.environ.get("IDM_FAST_IMPL")
+    if name and name != "auto":
+        try:
+            use(name)
+        except RuntimeError as error:
+            raise RuntimeError(f"environment variable IDM_FAST_IMPL={name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One line of `idm-fast doctor`: which implementation of an op serves a device type, and why."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+    available: tuple[str, ...]
+
+
+def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
+    """Rows for `idm-fast doctor`, for the device types of this machine."""
+    if device_types is None:
+        device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for op in OPS.values():
+        for device in device_types:
+            available = tuple(name for name in ORDER if name in op.implementations and op.serves(name, device))
+            try:
+                implementation = op.choose(device)
+            except RuntimeError as error:
+                yield ReportRow(op.name, device, "none", str(error), available)
+                continue
+            if _choice is not None:
+                reason = f"chosen explicitly ({_choice})"
+            elif len(available) == 1:
+                reason = "the only one here"
+            else:
+                reason = f"first available of {', '.join(ORDER)}"
+            yield ReportRow(op.name, device, implementation, reason, available)

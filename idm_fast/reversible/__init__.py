@@ -1,0 +1,6 @@
+"""Drop-in reversible layers: they need torch alone and know nothing of diffusion. See DESIGN §4."""
+
+from idm_fast.reversible.coupling import AdditiveCoupling, ConvexCoupling
+from idm_fast.reversible.sequence import ReversibleSequence, WiredSequence
+
+__all__ = ["AdditiveCoupling", "ConvexCoupling", "ReversibleSequence", "WiredSequence"]
