@@ -32,11 +32,13 @@ _FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _FLASH_CPU not in flop_registry:
 
     @register_flop_formula(_FLASH_CPU)
-    def _flop_flash_cpu(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    def _flop_flash_cpu(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     @register_flop_formula(_FLASH_CPU_BACKWARD)
-    def _flop_flash_cpu_backward(grad_out, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    def _flop_flash_cpu_backward(
+        grad_out: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+    ) -> int:
         return sdpa_backward_flop_count(grad_out, query, key, value)
 
 

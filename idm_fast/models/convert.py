@@ -134,7 +134,7 @@ def load_published(model: IDM, state: dict[str, Tensor]) -> None:
 def save_published(model: IDM, path: str) -> None:
     """Write `model` as the published code's state dict, aliases included; the file appears whole or not at all."""
     own = dict(model.named_parameters())
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, aliases in published_names(model).items():
         tensor = own[name].detach().cpu()
         state |= {alias: tensor for alias in aliases}

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from idm_fast import ops
-
-
-class Physics(Protocol):
-    """A linear measurement operator under deepinv's names; `A_dagger` may be left out where A Aᵀ = I."""
-
-    def A(self, x: Tensor, /) -> Tensor: ...
-
-    def A_adjoint(self, y: Tensor, /) -> Tensor: ...
 
 
 def gram(physics: Any, x: Tensor) -> Tensor:
@@ -44,6 +36,6 @@ class Injector(nn.Module):
 
     def forward(self, h: Tensor, aty: Tensor, physics: Any, t: int) -> Tensor:
         """(B, C, H/r, W/r) → the same; `aty` (B, 1, H, W) in h's dtype, t in 1 … T."""
-        read, write = self.read[t - 1], self.write[t - 1]
-        z = ops.inject_read(h, read.weight, read.bias, self.r)
-        return ops.inject_write(h, z, gram(physics, z), aty, write.weight, write.bias, self.r)
+        read, write = cast(nn.Conv2d, self.read[t - 1]), cast(nn.Conv2d, self.write[t - 1])
+        z = ops.inject_read(h, read.weight, cast(Tensor, read.bias), self.r)
+        return ops.inject_write(h, z, gram(physics, z), aty, write.weight, cast(Tensor, write.bias), self.r)

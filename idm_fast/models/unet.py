@@ -7,7 +7,8 @@ upsampler, conv_out) changes shape and is plain autograd. Skips are inputs and o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +173,11 @@ class DownBlock(nn.Module):
         if self.first_resnet is not None:
             x = self.first_resnet(x)
         body_dtype = torch.promote_types(x.dtype, torch.float32)
-        x1 = x.to(torch.promote_types(x.dtype, self.chains[0].stream_dtype))
+        chains = cast(Sequence[ReversibleSequence], self.chains)
+        x1 = x.to(torch.promote_types(x.dtype, chains[0].stream_dtype))
         x2 = self.input_scale * x1
         skips = []
-        for chain, merge_scale in zip(self.chains, self.merge_scales, strict=True):
+        for chain, merge_scale in zip(chains, self.merge_scales, strict=True):
             x1, x2 = chain(x1, x2, extras=injections(chain.bodies, condition), body_dtype=body_dtype)
             skips.append((x1 + merge_scale * x2).to(body_dtype))
         if self.downsampler is not None:

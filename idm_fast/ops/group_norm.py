@@ -108,5 +108,6 @@ def group_norm_silu(
     if groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x")
     if weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both be ({C},), as x has {C} channels")
+        found = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
+        raise ValueError(f"{found} must both be ({C},), as x has {C} channels")
     return group_norm_silu_op(x, weight, bias, groups, eps, silu, dtype or x.dtype)[0]

@@ -181,4 +181,5 @@ def inject_write(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, 
 
 def _check(h: Tensor, weight: Tensor, channels: int, r: int) -> None:
     if h.ndim != 4 or h.shape[1] != channels * r * r:
-        raise ValueError(f"h is {tuple(h.shape)}; with r={r} and weight {tuple(weight.shape)} it must be (B, {channels * r * r}, H/r, W/r)")
+        expected = f"(B, {channels * r * r}, H/r, W/r)"
+        raise ValueError(f"h is {tuple(h.shape)}; with r={r} and weight {tuple(weight.shape)} it must be {expected}")

@@ -166,9 +166,10 @@ def _check_permutation(permutation: Tensor, pixels: int) -> None:
 
 def _check_orthonormal(matrix: Tensor, N: int, q: int) -> None:
     if matrix.shape != (N, q) or not matrix.is_floating_point():
-        raise ValueError(f"matrix is {tuple(matrix.shape)} {matrix.dtype}, expected floating ({N}, {q}) as block_size and ratio say")
+        raise ValueError(f"matrix is {tuple(matrix.shape)} {matrix.dtype}, expected floating ({N}, {q}) by block and ratio")
     exact = matrix.detach().double()
-    error = (exact.t() @ exact - torch.eye(q, dtype=torch.float64, device=matrix.device)).abs().max().item()
+    identity = torch.eye(q, dtype=torch.float64, device=matrix.device)
+    error = (exact.t() @ exact - identity).abs().max().item()
     if not error <= ORTHONORMAL_TOLERANCE:
         raise ValueError(
             f"matrix has columns that are not orthonormal (largest |ΦᵀΦ − I| is {error:.2g}); "

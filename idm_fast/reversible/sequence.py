@@ -7,11 +7,13 @@ are several of them; for one or two layers, or when memory is not what limits yo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from idm_fast.reversible.backprop import Call, invert_chain, plain_chain, reversible_chain
 from idm_fast.reversible.coupling import check_stream_dtype, make_coupling
@@ -34,6 +36,7 @@ class ReversibleSequence(nn.Module):
             1/v a layer: float32 serves about 11 layers at v = 0.5 with float32 bodies; float64 is exact to 1e-13.
         recovery: see `Recovery`; may be changed at any time as an attribute.
         preserve_rng_state: put the random generators back when a body runs again (dropout). False saves time.
+        check_v: in training, refuse a v that cannot be inverted. Costs a GPU one synchronisation a forward pass.
 
     Raises:
         ValueError: an unknown coupling or recovery, a half-precision stream.
@@ -46,6 +49,7 @@ class ReversibleSequence(nn.Module):
         stream_dtype: torch.dtype = torch.float32,
         recovery: Recovery = "invert",
         preserve_rng_state: bool = True,
+        check_v: bool = True,
     ) -> None:
         super().__init__()
         check_stream_dtype(stream_dtype)
@@ -55,6 +59,7 @@ class ReversibleSequence(nn.Module):
         self.stream_dtype = stream_dtype
         self.recovery: Recovery = recovery
         self.preserve_rng_state = preserve_rng_state
+        self.check_v = check_v
         weighted = len(self.bodies) if self._coupling.weighted else 0
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(weighted))
 
@@ -88,6 +93,10 @@ class ReversibleSequence(nn.Module):
             return plain_chain(calls, self._coupling, self._weights(), x1, x2, body_dtype=body_dtype)
         if self.recovery not in ("invert", "keep"):
             raise ValueError(f"recovery: {self.recovery!r} is unknown, expected 'invert', 'keep' or 'store'")
+        if self.check_v and self.training and self.recovery == "invert" and len(self.v) and values_can_be_read(self.v[0]):
+            name, value = smallest_v(self)
+            if not value >= SMALLEST_V:
+                raise ValueError(f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v")
         return reversible_chain(
             calls,
             self._coupling,
@@ -161,13 +170,22 @@ class WiredSequence(nn.Module):
         return (y1 + self.merge_scale * y2).to(body_dtype)
 
 
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Reading a value is impossible under fake tensors and tracing, and breaks a CUDA graph's capture."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def smallest_v(module: nn.Module) -> tuple[str, float]:
-    """Name and value of the v nearest to 0 among all reversible sequences in `module`; ("", inf) when there is none."""
-    name, value = "", float("inf")
+    """Name and |value| of the v nearest to 0 among all reversible sequences in `module`, a NaN first; ("", inf) without any."""
+    name, value = "", math.inf
     for prefix, part in module.named_modules():
         if isinstance(part, ReversibleSequence) and len(part.v):
             values = torch.cat([v.detach() for v in part.v]).abs()
-            index = int(values.argmin())
-            if not float(values[index]) >= value:  # NaN is caught here as well
+            index = int(values.argmin())  # of a NaN, if there is one
+            if not float(values[index]) >= value:
                 name, value = f"{prefix}.v.{index}".lstrip("."), float(values[index])
+            if math.isnan(value):
+                break
     return name, value

@@ -1,0 +1,249 @@
+"""The command `idm-fast`: parsing, help texts, and what an error looks like. The work is in `idm_fast.commands`.
+
+Nothing here imports torch, so that `--help` and misspelt flags answer at once. What a user did wrong is one line on
+stderr and exit code 2; 130 after Ctrl-C; anything else that fails is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from idm_fast import __version__
+from idm_fast.outputs import InputError
+from idm_fast.training.config import add_training_arguments
+
+INPUT_ERROR, INTERRUPTED = 2, 130
+
+OVERVIEW = """\
+Reconstructs images from few linear measurements with Invertible Diffusion Models (IDM), and trains such networks.
+
+  idm-fast reconstruct photo.png                   sense a photograph and get it back
+  idm-fast evaluate --data_dir Set11               PSNR and SSIM by the published protocol
+  idm-fast train --train_data_dir photos --output_dir my_weights --model tiny --resolution 64
+  idm-fast doctor                                  what this machine has and what runs on it
+
+`idm-fast COMMAND --help` explains each with examples."""
+
+RECONSTRUCT = """\
+Senses images (block compressed sensing: y = A x) and reconstructs them from y alone, or reconstructs from a file of
+measurements. Images of any size are zero-padded to the block size and cut back. Results are NAME_idm.png."""
+
+RECONSTRUCT_EXAMPLES = """\
+examples:
+  idm-fast reconstruct photo.png
+      measures 10 % of what the photograph has, reconstructs its luma, says PSNR and SSIM
+  idm-fast reconstruct photo.jpg --channels rgb --cs_ratio 0.25 --weights my_weights --compare
+      each colour channel; and photo_comparison.png: original, Aᵀy, IDM, error
+  idm-fast reconstruct photo.png --save_measurements --output_dir out
+  idm-fast reconstruct out/photo_measurements.npz
+      the second needs the measurements only: the ratio, the seed and the sizes stand in the file
+
+What is read: the first frame, turned as EXIF says; 8 and 16 bits, palette, gray, 1-bit, CMYK;
+alpha is dropped."""
+
+EVALUATE = """\
+The published test protocol: luma, zero padding to the block size, one seed for the sensing matrix and for the
+permutations of all images in the order of their names, PSNR on clamped unrounded values, SSIM of scikit-image."""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  idm-fast evaluate --data_dir Set11
+  idm-fast evaluate --data_dir Set11 --cs_ratio 0.1 0.25 0.5 --weights my_weights --output_dir set11 --save_images
+
+writes results.csv (a line an image and ratio) and results.json (settings, versions, averages, images); with
+--save_images also ratio_0.1/NAME_idm.png and ratio_0.1/NAME_comparison.png for each image and ratio."""
+
+TRAIN = """\
+Trains an IDM end to end. The defaults are the published recipe: Adam 1e-4, halved at 20, 40, 60 and 80 % of the steps,
+L1 loss, random 256² crops, one of 8 flips and rotations and a new permutation of the pixels for every batch."""
+
+TRAIN_EXAMPLES = """\
+examples:
+  idm-fast train --train_data_dir photos --output_dir tiny --model tiny --resolution 64 --max_train_seconds 1800
+      half an hour on a CPU
+  idm-fast train --train_data_dir photos --output_dir sd --pretrained_model_name_or_path stable-diffusion-v1-5 \\
+      --cs_ratio 0.1 0.25 0.5 --mixed_precision bf16 --validation_data_dir Set11
+      from the weights of Stable Diffusion 1.5 in a local folder (or a hub name); one network for three ratios
+  idm-fast train …the same… --resume_from_checkpoint latest
+      continues after an interruption, with the same losses as if there had been none
+  accelerate launch -m idm_fast.cli train …
+      on several GPUs
+
+output_dir gets the final weights (use them as --weights), checkpoint-N/ folders and metrics.jsonl."""
+
+DOCTOR = "Versions, devices, threads, which implementation of each operation runs here and why, what is not there yet."
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(INPUT_ERROR, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        importlib.import_module(f"idm_fast.commands.{arguments.command}").run(arguments)
+    except InputError as error:
+        print(f"idm-fast {arguments.command}: error: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    except RuntimeError as error:
+        message = _not_a_bug(error)
+        if message is None:
+            raise
+        print(f"idm-fast {arguments.command}: error: {message}", file=sys.stderr)
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print(f"idm-fast {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _not_a_bug(error: RuntimeError) -> str | None:
+    """One line for the two RuntimeErrors that a user can do something about, None for all others."""
+    text = str(error).strip()
+    if text.startswith("environment variable IDM_FAST_IMPL"):
+        return text
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "not enough memory for this image or batch; use smaller ones, or a device with more memory"
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = _Parser("idm-fast", description=OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"idm-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(_command(commands, "train", "train a network on a folder of images", TRAIN, TRAIN_EXAMPLES))
+    _add_reconstruct(
+        _command(commands, "reconstruct", "sense and reconstruct images", RECONSTRUCT, RECONSTRUCT_EXAMPLES)
+    )
+    _add_evaluate(_command(commands, "evaluate", "measure PSNR and SSIM on a folder", EVALUATE, EVALUATE_EXAMPLES))
+    _command(commands, "doctor", "say what this machine has and what runs on it", DOCTOR, "")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str, examples: str) -> _Parser:
+    return commands.add_parser(
+        name, help=summary, description=text, epilog=examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image file, folder of images, or measurements (.npz) saved earlier"
+    )
+    sensing = parser.add_argument_group("sensing (of images; a .npz says it itself)")
+    sensing.add_argument(
+        "--cs_ratio", type=_ratio, metavar="R",
+        help="measurements a pixel, in (0, 1] (default: the smallest that the weights were trained for)",
+    )
+    sensing.add_argument(
+        "--channels", choices=("y", "rgb"), help="y: luma, written as a gray image; rgb: each channel (default: y)"
+    )
+    _add_sensing(sensing)
+    _add_network(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="reconstructed", metavar="DIR", help="(default: %(default)s)")
+    output.add_argument(
+        "--save_measurements", action="store_true", help="also write NAME_measurements.npz, enough to reconstruct from"
+    )
+    output.add_argument(
+        "--compare", action="store_true",
+        help="also write NAME_comparison.png: original (where known), Aᵀy, IDM, error x5"
+    )
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of test images")
+    sensing = parser.add_argument_group("sensing")
+    sensing.add_argument(
+        "--cs_ratio", type=_ratio, nargs="+", metavar="R",
+        help="one or several ratios in (0, 1] (default: all that the weights were trained for)",
+    )
+    _add_sensing(sensing)
+    _add_network(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="evaluation", metavar="DIR", help="(default: %(default)s)")
+    output.add_argument("--save_images", action="store_true", help="also write each reconstruction and a comparison")
+
+
+def _add_sensing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--block_size", type=_block_size, metavar="B",
+        help="side of a sensing block in pixels (default: what the weights were trained for, else 32)",
+    )
+    group.add_argument(
+        "--seed", type=_seed, help="of matrix and permutation (default: what the weights were trained for, else 2025)"
+    )
+    group.add_argument(
+        "--any_ratio", action="store_true", help="allow a ratio or block size that the weights were not trained for"
+    )
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--weights", metavar="DIR",
+        help="folder written by `idm-fast train`, or a published net_params_N.pkl "
+        "(default: the tiny weights of the package)",
+    )
+    group.add_argument(
+        "--step_number", type=_positive, metavar="T",
+        help="refuse weights that were trained for another number of steps"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    group.add_argument(
+        "--impl", choices=("auto", "cuda", "triton", "cpu", "reference"), default="auto",
+        help="implementation of the operations; see `idm-fast doctor` (default: %(default)s)",
+    )
+
+
+def _ratio(text: str) -> float:
+    value = _number(text, float)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]; 0.1 measures 10 %")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(_number(text, int))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _block_size(text: str) -> int:
+    value = int(_number(text, int))
+    if value < 8 or value % 4:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 4 of at least 8; 32 is usual")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(_number(text, int))
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2³²-1")
+    return value
+
+
+def _number(text: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the sub-commands of `idm-fast` do: one module each, with `run(arguments)`, imported on call."""

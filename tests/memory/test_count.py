@@ -1,0 +1,105 @@
+"""The counter against graphs small enough to count by hand, and IDM's cost at setting S (DESIGN §5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from idm_fast import IDM
+from idm_fast.memory.count import GIB, AllocationCounter, count_step, count_training_step
+
+KIB = 1024
+ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
+
+
+def test_two_temporaries_of_a_chain_of_four_are_alive_at_most() -> None:
+    x = torch.zeros(256)  # 1 KiB
+    counter = AllocationCounter()
+    counter.ignore([x])
+    with counter:
+        y = x
+        for _ in range(4):
+            y = y.exp()
+        moment = counter.mark()
+    peak, held = counter.summarize([], moment)
+    assert (peak, held) == (2 * KIB, KIB)
+    assert counter.launches == 4
+
+
+def test_views_and_writes_in_place_cost_nothing() -> None:
+    x = torch.zeros(256)
+    counter = AllocationCounter()
+    counter.ignore([x])
+    with counter:
+        x.view(16, 16).t().mul_(2)
+    assert counter.summarize([], 0) == (0, 0)
+    assert counter.launches == 1
+
+
+def test_saved_activations_are_counted_and_gradients_are_not() -> None:
+    w = torch.zeros(256, 256, requires_grad=True)  # 256 KiB
+    x = torch.zeros(256, 256)
+
+    def forward() -> Tensor:
+        h = (x @ w).exp() @ w  # kept: exp's output; freed in forward: x @ w
+        return h.sum()
+
+    count = count_step(forward, [w], [x])
+    # After forward: the output of exp, and the loss. The two products' gradients of w add up to w.grad.
+    assert count.held_bytes == 256 * KIB + 4
+    # Backward: exp's output and its gradient (h is 0-dim by then), then the gradient of x @ w.
+    assert count.peak_bytes <= 3 * 256 * KIB + 64
+    assert count.flop == 5 * 2 * 256**3  # two products forward, two for the second backward, one for the first
+
+
+def test_fake_tensors_count_what_a_real_run_counts() -> None:
+    options = {"steps": 2, "widths": (16, 32), "heads": 2, "norm_groups": 4}
+    fake = count_training_step(lambda: IDM(**options), batch=2, size=32, autocast=None)
+    from idm_fast import BlockCompressedSensing
+
+    model, physics = IDM(**options), BlockCompressedSensing((32, 32), 0.1)
+    x = torch.rand(2, 1, 32, 32)
+    real = count_step(
+        lambda: (model(physics.A(x), physics) - x).abs().mean(),
+        model.parameters(),
+        [x, *physics.buffers()],
+    )
+    assert (fake.peak_bytes, fake.held_bytes, fake.flop) == (real.peak_bytes, real.held_bytes, real.flop)
+
+
+@pytest.fixture(scope="module")
+def setting_s() -> dict[str, tuple]:
+    """Schedule → (ops as single launches, ops as references), at batch 8, 256², T = 3, bfloat16 autocast."""
+    return {
+        schedule: tuple(
+            count_training_step(lambda s=schedule: IDM(schedule=s), 8, 256, as_reference=reference)
+            for reference in (False, True)
+        )
+        for schedule in ("store", "two_level")
+    }
+
+
+@pytest.mark.slow
+def test_two_level_costs_at_most_450_tflop_and_8_gib(setting_s: dict[str, tuple]) -> None:
+    for count in setting_s["two_level"]:
+        assert count.flop <= 450e12
+        assert count.peak_bytes <= 8 * GIB
+        assert count.held_bytes <= 0.05 * GIB
+
+
+@pytest.mark.slow
+def test_no_part_of_the_unet_is_walked_twice_in_backward(setting_s: dict[str, tuple]) -> None:
+    """Every convolution and attention is differentiated once a step, and run at most three times."""
+    store, two_level = (Counter(setting_s[schedule][0].calls) for schedule in ("store", "two_level"))
+    for name in ("aten.convolution_backward", f"{ATTENTION}_backward"):
+        assert two_level[name] == store[name] > 0
+    for name in ("aten.convolution", ATTENTION):
+        assert store[name] < two_level[name] <= 3 * store[name]
+
+
+@pytest.mark.slow
+def test_plain_autograd_spends_the_277_tflop_of_the_published_network(setting_s: dict[str, tuple]) -> None:
+    assert setting_s["store"][0].flop == pytest.approx(277e12, rel=0.005)

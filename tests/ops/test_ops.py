@@ -1,0 +1,228 @@
+"""Every op against opcheck, gradcheck, and a formula written independently of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idm_fast import ops
+from idm_fast.ops import registry
+from idm_fast.ops.coupling import couple_backward_op, couple_op, decouple_op, uncouple_op
+from idm_fast.ops.geglu import geglu_backward_op, geglu_op
+from idm_fast.ops.group_norm import group_norm_silu_op
+from idm_fast.ops.injector import inject_read_op, inject_write_op
+from idm_fast.ops.projection import adjoint_op, gram_op, measure_op, project_step_op
+
+B, H, W, N, q = 2, 6, 8, 16, 5
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def operator(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Φ (N, q) with orthonormal columns, and a permutation of H·W pixels."""
+    matrix = torch.linalg.qr(draw(N, q).detach()).Q.to(dtype)
+    return matrix, torch.randperm(H * W, generator=torch.Generator().manual_seed(1))
+
+
+def dense(matrix: Tensor, permutation: Tensor) -> Tensor:
+    """A as one (H·W/N·q, H·W) matrix, written from the definition."""
+    rows = []
+    for row in permutation.view(-1, N):
+        for column in matrix.t():
+            a = torch.zeros(H * W, dtype=matrix.dtype)
+            a[row] = column
+            rows.append(a)
+    return torch.stack(rows)
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64, requires_grad=True)
+
+
+def cases() -> dict[str, tuple[Callable, tuple]]:
+    x = draw(B, 1, H, W)
+    matrix, permutation = operator()
+    y = draw(B, H * W // N, q)
+    h, image = draw(B, 8, H // 2, W // 2), draw(B, 1, H, W, seed=3)
+    read, write = draw(1, 2, 1, 1), draw(2, 3, 1, 1)
+    stream, body = draw(2, 3, 5), draw(2, 3, 5, seed=1)
+    norm = (draw(2, 6, 5, 3), draw(6), draw(6, seed=1), 3, 1e-5)
+    return {
+        "couple": (couple_op, (body, stream, scalar(0.4))),
+        "decouple": (decouple_op, (stream, body, scalar(0.4))),
+        "geglu": (geglu_op, (draw(3, 4, 10),)),
+        "group_norm": (lambda *a: group_norm_silu_op(*a)[0], (*norm, False, torch.float64)),
+        "group_norm_silu": (lambda *a: group_norm_silu_op(*a)[0], (*norm, True, torch.float64)),
+        "inject_read": (inject_read_op, (h, read, draw(1), 2)),
+        "inject_write": (inject_write_op, (h, x, image, draw(B, 1, H, W, seed=5), write, draw(2), 2)),
+        "measure": (measure_op, (x, matrix, permutation)),
+        "adjoint": (adjoint_op, (y, matrix, permutation, H, W)),
+        "gram": (gram_op, (x, matrix, permutation)),
+        "project_step": (project_step_op, (x, image, y, matrix, permutation, scalar(0.3), scalar(0.7))),
+    }
+
+
+BACKWARDS = {
+    "couple_backward": lambda: (couple_backward_op, (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4))),
+    "uncouple": lambda: (uncouple_op, (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4))),
+    "geglu_backward": lambda: (geglu_backward_op, (draw(3, 5), draw(3, 10))),
+}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_gradient_written_by_hand_is_that_of_finite_differences(name: str) -> None:
+    op, arguments = cases()[name]
+    assert torch.autograd.gradcheck(op, arguments, fast_mode=False)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_operator_obeys_opcheck(name: str) -> None:
+    op, arguments = cases()[name]
+    overload = registry.OPS["group_norm_silu" if name.startswith("group_norm") else name].overload
+    torch.library.opcheck(overload, arguments)
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_backward_operator_obeys_opcheck(name: str) -> None:
+    op, arguments = BACKWARDS[name]()
+    torch.library.opcheck(op, tuple(a.detach() for a in arguments))
+
+
+def test_every_operator_has_schema_fake_kernel_and_reference() -> None:
+    expected = {"couple", "uncouple", "project_step", "measure", "adjoint", "gram", "inject_read", "inject_write"}
+    expected |= {"group_norm_silu", "geglu"}
+    assert expected <= set(registry.OPS)
+    for name, op in registry.OPS.items():
+        assert "reference" in op.implementations, name
+        assert str(op.overload._schema).startswith(f"idm_fast::{name}(")
+
+
+def test_couple_is_the_convex_combination_and_decouple_undoes_it() -> None:
+    body, x2, v = draw(4, 7), draw(4, 7, seed=1), scalar(0.3)
+    y1 = ops.couple(body, x2, v)
+    torch.testing.assert_close(y1, 0.7 * body + 0.3 * x2)
+    torch.testing.assert_close(ops.decouple(y1, body, v), x2)
+
+
+@pytest.mark.parametrize("body_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_uncouple_is_the_inverse_and_the_gradient_of_couple(body_dtype: torch.dtype) -> None:
+    body, x2, v = draw(4, 7, dtype=body_dtype), draw(4, 7, seed=1), scalar(0.3)
+    y1 = ops.couple(body, x2, v)
+    d1 = draw(4, 7, seed=2).detach()
+    dF, dx2, dv = torch.autograd.grad(y1, (body, x2, v), d1)
+    found = ops.uncouple(y1.detach(), body.detach(), d1, v.detach())
+    for value, expected in zip(found, (x2, dF, dx2, dv), strict=True):
+        assert value.dtype == expected.dtype
+        torch.testing.assert_close(value, expected.detach())
+
+
+def test_measure_adjoint_and_gram_are_the_dense_operator() -> None:
+    matrix, permutation = operator()
+    A = dense(matrix, permutation)
+    x, y = draw(B, 1, H, W).detach(), draw(B, H * W // N, q).detach()
+    torch.testing.assert_close(ops.measure(x, matrix, permutation).flatten(1), x.flatten(1) @ A.t())
+    torch.testing.assert_close(ops.adjoint(y, matrix, permutation, H, W).flatten(1), y.flatten(1) @ A)
+    torch.testing.assert_close(ops.gram(x, matrix, permutation).flatten(1), x.flatten(1) @ A.t() @ A)
+
+
+def test_project_step_is_the_published_sampling_step() -> None:
+    matrix, permutation = operator()
+    A = dense(matrix, permutation)
+    x, e = draw(B, 1, H, W).detach(), draw(B, 1, H, W, seed=1).detach()
+    y = draw(B, H * W // N, q).detach()
+    a, a_prev = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    x0 = ((x - (1 - a) ** 0.5 * e) / a**0.5).flatten(1)
+    x0 = x0 - (x0 @ A.t() - y.flatten(1)) @ A
+    expected = a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * e.flatten(1)
+    torch.testing.assert_close(ops.project_step(x, e, y, matrix, permutation, a, a_prev).flatten(1), expected)
+
+
+def test_project_step_at_the_last_step_gives_finite_gradients() -> None:
+    matrix, permutation = operator()
+    x, e, a = draw(B, 1, H, W), draw(B, 1, H, W, seed=1), scalar(0.3)
+    y = draw(B, H * W // N, q)
+    one = torch.ones(1, dtype=torch.float64)
+    ops.project_step(x, e, y, matrix, permutation, a, one).square().sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (x, e, y, a))
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_inject_is_the_published_pair_of_convolutions(r: int) -> None:
+    C = 3 * r * r
+    h, z, gz, aty = draw(B, C, 3, 5), draw(B, 1, 3 * r, 5 * r), draw(B, 1, 3 * r, 5 * r, seed=1), draw(B, 1, 3 * r, 5 * r)
+    w_read, b_read, w_write, b_write = draw(1, 3, 1, 1), draw(1), draw(3, 3, 1, 1), draw(3)
+    read = F.conv2d(F.pixel_shuffle(h, r), w_read, b_read)
+    torch.testing.assert_close(ops.inject_read(h, w_read, b_read, r), read)
+    written = h + F.pixel_unshuffle(F.conv2d(torch.cat([z, gz, aty], 1), w_write, b_write), r)
+    torch.testing.assert_close(ops.inject_write(h, z, gz, aty, w_write, b_write, r), written)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded"])
+def test_group_norm_silu_is_its_two_modules_in_any_layout(silu: bool, layout: str) -> None:
+    x = draw(2, 6, 7, 10).detach()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = x[..., ::2]
+    elif layout == "expanded":
+        x = x[:1].expand(3, -1, -1, -1)
+    weight, bias = draw(6), draw(6, seed=1)
+    expected = F.group_norm(x, 3, weight, bias)
+    expected = F.silu(expected) if silu else expected
+    torch.testing.assert_close(ops.group_norm_silu(x, weight, bias, 3, silu=silu), expected)
+
+
+def test_group_norm_silu_keeps_its_digits_on_a_mean_of_100_and_a_deviation_of_a_hundredth() -> None:
+    x = draw(2, 6, 40, 40).detach() * 0.01 + 100
+    weight, bias = draw(6).detach(), draw(6, seed=1).detach()
+    found = ops.group_norm_silu(x.float(), weight.float(), bias.float(), 3)
+    eager = F.silu(F.group_norm(x.float(), 3, weight.float(), bias.float()))
+    exact = F.silu(F.group_norm(x.float().double(), 3, weight, bias))
+    assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_geglu_is_value_times_exact_gelu(dtype: torch.dtype) -> None:
+    h = draw(3, 5, 14, dtype=dtype).detach()
+    value, gate = h.double().chunk(2, -1)
+    exact = value * F.gelu(gate)
+    eager = h.chunk(2, -1)[0] * F.gelu(h.chunk(2, -1)[1])
+    assert (ops.geglu(h) - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+def test_ops_keep_their_precision_under_autocast() -> None:
+    matrix, permutation = operator(torch.float32)
+    x = draw(B, 1, H, W, dtype=torch.float32).detach()
+    plain = ops.measure(x, matrix, permutation)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.measure(x, matrix, permutation)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: ops.measure(torch.zeros(1, 2, H, W), m, p), "expected \\(B, 1, H, W\\)"),
+        (lambda m, p: ops.measure(torch.zeros(1, 1, H, W + 1), m, p), "permutation is"),
+        (lambda m, p: ops.measure(torch.zeros(1, 1, H, W).double(), m, p), "matrix is"),
+        (lambda m, p: ops.measure(torch.zeros(1, 1, H, W), m.clone().requires_grad_(), p), "Φ is fixed"),
+        (lambda m, p: ops.adjoint(torch.zeros(1, 3, q + 1), m, p, H, W), "y is"),
+        (lambda m, p: ops.couple(torch.zeros(2), torch.zeros(3), torch.ones(1)), "must preserve the shape"),
+        (lambda m, p: ops.couple(torch.zeros(3), torch.zeros(3), torch.ones(2)), "one element"),
+        (lambda m, p: ops.geglu(torch.zeros(2, 3)), "even"),
+        (lambda m, p: ops.group_norm_silu(torch.zeros(1, 6, 2), torch.ones(6), torch.ones(6), 4), "does not divide"),
+        (lambda m, p: ops.inject_read(torch.zeros(1, 7, 2, 2), torch.ones(1, 2, 1, 1), torch.ones(1), 2), "h is"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_their_name(call: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*operator(torch.float32))
