@@ -23,6 +23,7 @@ import skimage
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from idm_fast.cli import INPUT_ERROR, INTERRUPTED
 from idm_fast.evaluation.protocol import SEED, ImageResult, Reconstruction, reconstructions
 from idm_fast.evaluation.report import ComparisonRow, comparison_figure, table, write_csv
 from idm_fast.models.idm import IDM
@@ -41,7 +42,7 @@ SPEED_TRIAL_STEPS = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after one line that says what was wrong with the input."""
+    """The command line. Returns the exit code: 0, 2 after one line on wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("python -m idm_fast.demo", description="Trains a tiny IDM and shows what it does.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=200, help="length of the training (default: %(default)s)")
@@ -50,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         demonstrate(options.output_dir, options.seconds)
     except InputError as error:
         print(f"idm_fast.demo: {error}", file=sys.stderr)
-        return 2
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print("\nidm_fast.demo: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

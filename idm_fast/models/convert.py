@@ -107,6 +107,7 @@ def published_options(state: dict[str, Tensor]) -> dict[str, Any]:
                 state["unet.conv_in.weight"].shape[0],
                 state["unet.down_blocks.1.resnets.0.conv1.weight"].shape[0],
             ),
+            "attention": tuple(f"unet.down_blocks.{i}.attentions.0.norm.weight" in state for i in range(2)),
         }
     except (KeyError, IndexError) as error:
         raise ValueError(f"not a published IDM checkpoint: {error} is missing") from error

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from idm_fast.models import convert
-from idm_fast.models.unet import UNet
+from idm_fast.models.unet import Block, UNet
 from idm_fast.reversible.backprop import Call, plain_chain, reversible_chain
 from idm_fast.reversible.coupling import ConvexCoupling
 from idm_fast.reversible.sequence import SMALLEST_V, ReversibleSequence, smallest_v, values_can_be_read
@@ -92,6 +92,8 @@ class IDM(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, ReversibleSequence):
                 module.recovery = "store" if schedule == "store" else "invert"
+            elif isinstance(module, Block):
+                module.recompute = schedule != "store"
 
     @property
     def keep(self) -> frozenset[str]:

@@ -7,12 +7,13 @@ upsampler, conv_out) changes shape and is plain autograd. Skips are inputs and o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from idm_fast.models.injector import Injector
 from idm_fast.ops import geglu, group_norm_silu
@@ -153,7 +154,18 @@ def injections(bodies: nn.ModuleList, condition: tuple[Any, ...]) -> dict[int, t
     return {i: condition for i, body in enumerate(bodies) if isinstance(body, Injector)}
 
 
-class DownBlock(nn.Module):
+class Block(nn.Module):
+    """What changes shape in a block is plain autograd; with `recompute`, backward runs it again instead of storing inside."""
+
+    recompute = False
+
+    def _run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return function(*inputs)
+
+
+class DownBlock(Block):
     """Two chains on the same two streams; the merged output of each is a skip. Then, if wanted, a downsampler."""
 
     def __init__(self, level: Level, in_channels: int, downsample: bool, chain_options: dict[str, Any]) -> None:
@@ -171,7 +183,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         if self.first_resnet is not None:
-            x = self.first_resnet(x)
+            x = self._run(self.first_resnet, x)
         body_dtype = torch.promote_types(x.dtype, torch.float32)
         chains = cast(Sequence[ReversibleSequence], self.chains)
         x1 = x.to(torch.promote_types(x.dtype, chains[0].stream_dtype))
@@ -181,11 +193,11 @@ class DownBlock(nn.Module):
             x1, x2 = chain(x1, x2, extras=injections(chain.bodies, condition), body_dtype=body_dtype)
             skips.append((x1 + merge_scale * x2).to(body_dtype))
         if self.downsampler is not None:
-            skips.append(self.downsampler(skips[-1]))
+            skips.append(self._run(self.downsampler, skips[-1]))
         return skips[-1], skips
 
 
-class UpBlock(nn.Module):
+class UpBlock(Block):
     """A resnet that changes the shape, then one chain whose resnets read a skip each, then, if wanted, an upsampler."""
 
     def __init__(
@@ -203,14 +215,18 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], condition: tuple[Any, ...]) -> Tensor:
         """`skips`: the three that this block reads, in the order in which it reads them."""
         first, *others = skips
-        x = self.first_resnet(x, first)
+        x = self._run(self.first_resnet, x, first)
         bodies = self.chain.chain.bodies
         resnets = [i for i, body in enumerate(bodies) if isinstance(body, ResnetBlock)]
         extras = injections(bodies, condition) | {i: (skip,) for i, skip in zip(resnets, others, strict=True)}
         x = self.chain(x, extras=extras)
         if self.upsampler is not None:
-            x = self.upsampler(F.interpolate(x.to(layer_dtype(x)), scale_factor=2.0, mode="nearest"))
+            x = self._run(self._upsample, x)
         return x
+
+    def _upsample(self, x: Tensor) -> Tensor:
+        assert self.upsampler is not None
+        return self.upsampler(F.interpolate(x.to(layer_dtype(x)), scale_factor=2.0, mode="nearest"))
 
 
 class UNet(nn.Module):

@@ -103,3 +103,13 @@ def test_no_part_of_the_unet_is_walked_twice_in_backward(setting_s: dict[str, tu
 @pytest.mark.slow
 def test_plain_autograd_spends_the_277_tflop_of_the_published_network(setting_s: dict[str, tuple]) -> None:
     assert setting_s["store"][0].flop == pytest.approx(277e12, rel=0.005)
+
+
+@pytest.mark.slow
+def test_network_leaves_norms_gates_couplings_and_sensing_to_the_ops(setting_s: dict[str, tuple]) -> None:
+    calls = setting_s["two_level"][0].calls
+    for name in ("couple", "uncouple", "project_step", "gram", "measure", "adjoint", "inject_read", "inject_write"):
+        assert calls[f"idm_fast.{name}"] > 0
+    assert calls["idm_fast.group_norm_silu"] > 0 and calls["idm_fast.geglu"] > 0
+    for name in ("native_group_norm", "silu", "silu_", "gelu", "lerp", "index_select", "index_copy"):
+        assert f"aten.{name}" not in calls

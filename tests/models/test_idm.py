@@ -139,9 +139,12 @@ def test_tiny_fits_a_package(tmp_path: Path) -> None:
     assert (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size <= 8e6
 
 
+@pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_published_format_travels_both_ways_for_any_number_of_steps(steps: int, tmp_path: Path) -> None:
-    model = disturbed(small(steps))
+def test_published_format_travels_both_ways_for_any_number_of_steps(
+    steps: int, attention: tuple[bool, bool], tmp_path: Path
+) -> None:
+    model = disturbed(small(steps, attention=attention))
     path = str(tmp_path / "net_params_50.pkl")
     model.save_published(path)
     again = IDM.from_published(path, heads=2, norm_groups=4)

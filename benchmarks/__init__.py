@@ -1,0 +1,1 @@
+"""Programs that measure or count. Each says what question it answers."""
