@@ -32,7 +32,7 @@ def main() -> None:
     lines = [
         f"One training step at batch {options.batch}, {options.size}², T = {options.steps}, SD 1.5 widths, bfloat16 autocast; "
         f"counted with torch {torch.__version__}, Python {platform.python_version()}.",
-        "`fused`: each op of idm_fast is one launch that allocates its outputs. `eager`: the plain-PyTorch references, op by op.",
+        "`fused`: each op of idm_fast is one launch that allocates its outputs; `eager`: the plain references, op by op.",
         "",
         "| schedule | ops | peak activations | held after forward | FLOP | launches |",
         "|---|---|---|---|---|---|",
