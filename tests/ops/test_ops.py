@@ -11,8 +11,8 @@ from torch import Tensor
 
 from idm_fast import ops
 from idm_fast.ops import registry
-from idm_fast.ops.coupling import couple_backward_op, couple_op, decouple_op, uncouple_op
-from idm_fast.ops.geglu import geglu_backward_op, geglu_op
+from idm_fast.ops.coupling import couple_op, decouple_op
+from idm_fast.ops.geglu import geglu_op
 from idm_fast.ops.group_norm import group_norm_silu_op
 from idm_fast.ops.injector import inject_read_op, inject_write_op
 from idm_fast.ops.projection import adjoint_op, gram_op, measure_op, project_step_op
@@ -69,11 +69,19 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
     }
 
 
-BACKWARDS = {
-    "couple_backward": lambda: (couple_backward_op, (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4))),
-    "uncouple": lambda: (uncouple_op, (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4))),
-    "geglu_backward": lambda: (geglu_backward_op, (draw(3, 5), draw(3, 10))),
-}
+def backward_cases() -> dict[str, tuple]:
+    matrix, permutation = operator()
+    x, y, h = draw(B, 1, H, W), draw(B, H * W // N, q), draw(B, 8, H // 2, W // 2)
+    x_norm, statistics = draw(2, 6, 5, 3), (draw(2, 3), draw(2, 3, seed=1))
+    return {
+        "couple_backward": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
+        "uncouple": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
+        "geglu_backward": (draw(3, 5), draw(3, 10)),
+        "group_norm_silu_backward": (draw(2, 6, 5, 3, seed=4), x_norm, draw(6), draw(6, seed=1), *statistics, 3, True),
+        "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2),
+        "inject_write_backward": (h, x, x, x, draw(2, 3, 1, 1), 2),
+        "project_step_backward": (x, x, x, y, matrix, permutation, scalar(0.3), scalar(0.7)),
+    }
 
 
 @pytest.mark.parametrize("name", cases())
@@ -89,16 +97,17 @@ def test_operator_obeys_opcheck(name: str) -> None:
     torch.library.opcheck(overload, arguments)
 
 
-@pytest.mark.parametrize("name", BACKWARDS)
+@pytest.mark.parametrize("name", backward_cases())
 def test_backward_operator_obeys_opcheck(name: str) -> None:
-    op, arguments = BACKWARDS[name]()
-    torch.library.opcheck(op, tuple(a.detach() for a in arguments))
+    arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward_cases()[name])
+    torch.library.opcheck(registry.OPS[name].overload, arguments)
 
 
 def test_every_operator_has_schema_fake_kernel_and_reference() -> None:
     expected = {"couple", "uncouple", "project_step", "measure", "adjoint", "gram", "inject_read", "inject_write"}
     expected |= {"group_norm_silu", "geglu"}
     assert expected <= set(registry.OPS)
+    assert set(cases()) - {"group_norm"} | set(backward_cases()) == set(registry.OPS)  # none goes unchecked
     for name, op in registry.OPS.items():
         assert "reference" in op.implementations, name
         assert str(op.overload._schema).startswith(f"idm_fast::{name}(")
