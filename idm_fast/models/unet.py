@@ -187,7 +187,7 @@ class DownBlock(Block):
         body_dtype = torch.promote_types(x.dtype, torch.float32)
         chains = cast(Sequence[ReversibleSequence], self.chains)
         x1 = x.to(torch.promote_types(x.dtype, chains[0].stream_dtype))
-        x2 = self.input_scale * x1
+        x2 = (self.input_scale * x).to(x1.dtype)  # of x, not x1: autograd keeps the factor, and x may be half as wide
         skips = []
         for chain, merge_scale in zip(chains, self.merge_scales, strict=True):
             x1, x2 = chain(x1, x2, extras=injections(chain.bodies, condition), body_dtype=body_dtype)

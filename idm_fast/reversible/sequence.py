@@ -165,8 +165,9 @@ class WiredSequence(nn.Module):
     ) -> Tensor:
         """(B, …) → the same shape and dtype (float32 for half). Side inputs as in `ReversibleSequence.forward`."""
         body_dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(torch.promote_types(x.dtype, self.chain.stream_dtype))
-        y1, y2 = self.chain(x, self.input_scale * x, *shared, extras=extras, body_dtype=body_dtype, **shared_kw)
+        stream = torch.promote_types(x.dtype, self.chain.stream_dtype)
+        x1, x2 = x.to(stream), (self.input_scale * x).to(stream)
+        y1, y2 = self.chain(x1, x2, *shared, extras=extras, body_dtype=body_dtype, **shared_kw)
         return (y1 + self.merge_scale * y2).to(body_dtype)
 
 
