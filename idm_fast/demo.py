@@ -15,11 +15,13 @@ import math
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import skimage
+import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -38,7 +40,7 @@ TRAINING_PHOTOGRAPHS = (
 HELD_OUT_PHOTOGRAPHS = ("camera.png", "chelsea.png", "coffee.png")  # none shows a scene of the training photographs
 RATIOS = (0.1, 0.25, 0.5)
 SHORT_SIDE = 256  # pixels, of every photograph
-SPEED_TRIAL_STEPS = 8
+SPEED_TRIAL_STEPS = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,10 +70,10 @@ def demonstrate(folder: Path, seconds: float) -> list[ImageResult]:
         raise InputError(f"--seconds is {seconds}; expected a positive number, e.g. 200")
     folder = output_folder(folder)
     training, held_out = write_photographs(folder / "photographs")
-    print(f"Training a tiny IDM for {seconds:.0f} s on {len(TRAINING_PHOTOGRAPHS)} photographs ...", flush=True)
+    print(f"Training a tiny IDM for {seconds:.0f} s on {len(TRAINING_PHOTOGRAPHS)} photographs", flush=True)
     weights = train_for(seconds, training, folder / "weights")
     model = IDM.from_pretrained(weights)
-    print(f"Reconstructing {len(held_out)} photographs that it never saw ...", flush=True)
+    print(f"Reconstructing {len(held_out)} photographs that it never saw", flush=True)
     found = reconstruct(model, held_out)
     results = [item.result for item in found]
     for ratio in RATIOS:
@@ -120,17 +122,41 @@ def _scaled_luma(path: Path) -> Image.Image:
 def train_for(seconds: float, photographs: Path, folder: Path) -> Path:
     """Trains a tiny IDM for all ratios for about `seconds` and returns the folder of its weights.
 
-    The learning rate falls with the steps, and how many fit into the time depends on the machine: a short trial tells.
+    The learning rate falls with the steps, and how many fit into the time depends on the machine: a short trial tells,
+    which also decides the number of PyTorch's threads from here on.
     An earlier training run in `folder` is removed; InputError if something else is there.
     """
     if (folder / METRICS).is_file():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something else than a training run; choose another --output_dir")
-    with tempfile.TemporaryDirectory() as trial, contextlib.redirect_stdout(io.StringIO()):
-        train(_settings(photographs, Path(trial), SPEED_TRIAL_STEPS, seconds))
-        steps = max(1, round(seconds / _step_seconds(Path(trial, METRICS))))
-    return train(_settings(photographs, folder, steps, seconds))
+    end = time.monotonic() + seconds
+    print("Measuring the speed of this machine ...", flush=True)
+    threads, step_seconds = _fastest_threads(photographs, seconds / 20)
+    torch.set_num_threads(threads)
+    left = max(1.0, end - time.monotonic())
+    steps = max(1, round(left / step_seconds))
+    print(f"{threads} thread{'s' if threads > 1 else ''}, {step_seconds:.2f} s a step", flush=True)
+    return train(_settings(photographs, folder, steps, left))
+
+
+def _fastest_threads(photographs: Path, seconds: float) -> tuple[int, float]:
+    """The number of threads with the shortest training step, and its seconds; `seconds` bounds each number's trial.
+
+    All cores aren't always the fastest: where another program keeps one busy, threads wait for each other at every
+    operation, and a step can take fifty times as long as with a single thread.
+    """
+    most = torch.get_num_threads()
+    found = {}
+    for threads in sorted({most, *(2**k for k in range(most.bit_length()))}):
+        torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory() as trial, contextlib.redirect_stdout(io.StringIO()):
+            train(_settings(photographs, Path(trial), SPEED_TRIAL_STEPS, seconds))
+            lines = map(json.loads, Path(trial, METRICS).read_text().splitlines())
+            found[threads] = min(line["seconds"] for line in lines if "loss" in line)
+    torch.set_num_threads(most)
+    fastest = min(found, key=lambda threads: found[threads])
+    return fastest, found[fastest]
 
 
 def _settings(photographs: Path, folder: Path, steps: int, seconds: float) -> TrainingConfig:
@@ -152,12 +178,6 @@ def _settings(photographs: Path, folder: Path, steps: int, seconds: float) -> Tr
         schedule="store",  # of memory there is enough, and storing is the fastest
         seed=SEED,
     )
-
-
-def _step_seconds(metrics: Path) -> float:
-    """The shortest step of a training run: what the machine can do when nothing else slows it."""
-    lines = map(json.loads, metrics.read_text().splitlines())
-    return min(line["seconds"] for line in lines if "loss" in line)
 
 
 def reconstruct(model: IDM, paths: Iterable[Path]) -> list[Reconstruction]:
