@@ -10,6 +10,10 @@ PYTEST_FLAGS   ?= -n logical --maxprocesses 4 --dist worksteal
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
+# OpenMP's threads spin while they wait for each other; on a core that another program uses, that makes a step of
+# training several times as long.
+DEMO_THREADS := OMP_WAIT_POLICY=passive
+
 # One stamp for each thing installed, so that a second run installs nothing.
 VENV_READY    := $(VENV)/.ready-venv
 TORCH_READY   := $(VENV)/.ready-torch-$(TORCH_VERSION)-triton-$(TRITON_VERSION)
@@ -31,7 +35,7 @@ venv: $(VENV_READY) ## create the virtual environment
 install: $(PACKAGE_READY) ## install idm-fast into it (editable), with PyTorch
 
 demo: $(PACKAGE_READY) ## train a tiny network on photographs, reconstruct others, show the result (5 minutes)
-	$(VENV_PYTHON) -m idm_fast.demo $(DEMO_FLAGS)
+	$(DEMO_THREADS) $(VENV_PYTHON) -m idm_fast.demo $(DEMO_FLAGS)
 
 test: $(DEV_READY) ## run all tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)

@@ -1,9 +1,11 @@
 """`python -m idm_fast.demo`: the split of photographs, what it writes and prints, and what it refuses."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from idm_fast import IDM, demo
@@ -63,8 +65,12 @@ def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path):
 
 @pytest.mark.slow
 def test_demo_trains_reconstructs_and_says_where_everything_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     monkeypatch.setattr(demo, "SPEED_TRIAL_STEPS", 2)
     out = tmp_path / "out"
     assert demo.main(["--output_dir", str(out), "--seconds", "1"]) == 0
