@@ -2,7 +2,8 @@
 
 Training memory of a chain is that of one body plus the last streams, whatever its length; each body runs once more in
 backward. It pays when bodies store much more than their input (convolutions with norms, attention, feed-forwards) and there
-are several of them; for one or two layers, or when memory is not what limits you, plain autograd is faster by a third.
+are several of them; it costs one more forward pass of every body, a third more work. For one or two layers, or when memory
+is not what limits you, use plain autograd (`recovery="store"`).
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_pickle_that_holds_code_is_refused_and_not_executed(tmp_path: Path) -> N
 
     for name, write in (("torch.pkl", torch.save), ("plain.pkl", lambda o, f: Path(f).write_bytes(pickle.dumps(o)))):
         write({"alpha": Bomb()}, tmp_path / name)
-        with pytest.raises(ValueError, match="cannot be read safely|can be read safely"):
+        with pytest.raises(ValueError, match="can be read safely"):
             IDM.from_published(str(tmp_path / name))
     assert not (tmp_path / "executed").exists()
 

@@ -74,6 +74,14 @@ def step(model: IDM, data: dict[str, np.ndarray], dtype: torch.dtype) -> dict[st
     return errors
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def streams(model: IDM, dtype: torch.dtype) -> Iterator[None]:
     """The chains of `model` with their streams in `dtype`."""
@@ -106,14 +114,17 @@ def test_float64_output_loss_and_every_gradient_agree_to_1e_9(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["store", "two_level"])
+@pytest.mark.parametrize(
+    ("schedule", "stream_dtype"),
+    [("store", torch.float32), ("two_level", torch.float64), ("two_level", torch.float32)],
+)
 def test_float32_output_agrees_to_1e_4_and_every_gradient_to_1e_3_of_its_norm(
-    published: IDM, data: dict[str, np.ndarray], schedule: str
+    published: IDM, data: dict[str, np.ndarray], schedule: str, stream_dtype: torch.dtype, one_thread: None
 ) -> None:
-    """Streams in float64, the exact inversion. What float32 streams add stands in the next test."""
+    """One thread, as `make test` runs: on two, float32 streams leave two scalars at 2e-3 (see the next test)."""
     published.float()
     published.schedule, published.keep = schedule, None
-    with streams(published, torch.float64):
+    with streams(published, stream_dtype):
         errors = step(published, data, torch.float32)
     published.double()
     assert errors["out"][0] <= 1e-4
