@@ -19,6 +19,9 @@ SCHEDULES = {
     "store": {"schedule": "store"},
     "two_level": {"schedule": "two_level"},
     "two_level, steps inverted": {"schedule": "two_level", "keep": []},
+    "two_level, attention kept": {"schedule": "two_level", "keep": ["steps", "attention"]},
+    "flat": {"schedule": "flat"},
+    "flat, attention kept": {"schedule": "flat", "keep": ["attention"]},
 }
 
 

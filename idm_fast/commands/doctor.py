@@ -114,10 +114,6 @@ def _planned() -> Iterable[str]:
     for module, what in PLANNED.items():
         if not _found(module):
             yield f"{what} ({module})"
-    from idm_fast.models.idm import SCHEDULES
-
-    if "flat" not in SCHEDULES:
-        yield "the schedule `flat`"
 
 
 def _found(module: str) -> bool:

@@ -42,7 +42,16 @@ if _FLASH_CPU not in flop_registry:
         return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-_FREE_OF_CHARGE = ("prim.", "aten.detach", "aten.empty", "aten.lift_fresh", "aten._unsafe_view", "aten.alias")
+_FREE_OF_CHARGE = (
+    "prim.",
+    "aten.detach",
+    "aten.empty",
+    "aten.new_empty",
+    "aten.lift_fresh",
+    "aten._unsafe_view",
+    "aten.alias",
+    "aten.promote_types",  # asks about dtypes, touches no tensor
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from idm_fast.models.injector import Injector
 from idm_fast.models.unet import DownBlock, ResnetBlock, SpatialTransformer, UpBlock
+from idm_fast.reversible import ReversibleSequence
 
 if TYPE_CHECKING:
     from idm_fast.models.idm import IDM
@@ -52,30 +53,34 @@ def _module_prefixes(model: IDM) -> dict[str, list[str]]:
         prefixes[f"{here}input_scale"] = [f"{here}input_help_scale_factor"]
         prefixes[f"{here}merge_scales"] = [f"{here}merge_scale_factors"]
         prefixes[f"{here}downsampler."] = [f"{here}downsamplers.0.conv."]
-        chains = [(f"{here}chains.{j}.", f"{here}rev_module_lists.{j}.", chain) for j, chain in enumerate(block.chains)]
-        prefixes |= _chain_prefixes(here, block.first_resnet is not None, chains)
+        first = block.first_part
+        places = [(0, k) if k < first else (1, k - first) for k in range(len(block.chain.bodies))]
+        layers = [f"{here}rev_module_lists.{j}.{k}." for j, k in places]
+        prefixes |= _chain_prefixes(here, block.first_resnet is not None, f"{here}chain.", layers, block.chain)
     for i, block in enumerate(model.unet.up_blocks):
         assert isinstance(block, UpBlock)
         here = f"unet.up_blocks.{i}."
         prefixes[f"{here}chain.input_scale"] = [f"{here}input_help_scale_factor"]
         prefixes[f"{here}chain.merge_scale"] = [f"{here}merge_scale_factor"]
         prefixes[f"{here}upsampler."] = [f"{here}upsamplers.0.conv."]
-        chains = [(f"{here}chain.chain.", f"{here}rev_module_list.", block.chain.chain)]
-        prefixes |= _chain_prefixes(here, True, chains)
+        layers = [f"{here}rev_module_list.{k}." for k in range(len(block.chain.chain.bodies))]
+        prefixes |= _chain_prefixes(here, True, f"{here}chain.chain.", layers, block.chain.chain)
     return prefixes
 
 
-def _chain_prefixes(here: str, has_first_resnet: bool, chains: list[tuple[str, str, nn.Module]]) -> dict[str, list[str]]:
+def _chain_prefixes(
+    here: str, has_first_resnet: bool, own: str, layers: list[str], chain: ReversibleSequence
+) -> dict[str, list[str]]:
+    """`own`: prefix of the chain here; `layers`: published prefix of each of its layers."""
     prefixes = {f"{here}first_resnet.": [f"{here}resnets.0."]} if has_first_resnet else {}
     count = {ResnetBlock: int(has_first_resnet), Injector: 0, SpatialTransformer: 0}
     folder = {ResnetBlock: "resnets", Injector: "injectors", SpatialTransformer: "attentions"}
-    for own, published, chain in chains:
-        for k, body in enumerate(chain.bodies):  # type: ignore[arg-type]
-            kind = type(body)
-            first = f"{here}{folder[kind]}.{count[kind]}."
-            count[kind] += 1
-            prefixes[f"{own}bodies.{k}."] = [first, f"{published}{k}.body."]
-            prefixes[f"{own}v.{k}"] = [f"{published}{k}.v"]
+    for k, (body, layer) in enumerate(zip(chain.bodies, layers, strict=True)):
+        kind = type(body)
+        first = f"{here}{folder[kind]}.{count[kind]}."
+        count[kind] += 1
+        prefixes[f"{own}bodies.{k}."] = [first, f"{layer}body."]
+        prefixes[f"{own}v.{k}"] = [f"{layer}v"]
     return prefixes
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -13,14 +15,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from idm_fast.memory.schedule import Schedule, StepSchedule, keep_for, schedule_for
 from idm_fast.models import convert
-from idm_fast.models.unet import Block, UNet
+from idm_fast.models.layers import Conv2d, Linear
+from idm_fast.models.unet import UNet
 from idm_fast.reversible.backprop import Call, plain_chain, reversible_chain
+from idm_fast.reversible.casts import cast_once
 from idm_fast.reversible.coupling import ConvexCoupling
-from idm_fast.reversible.sequence import SMALLEST_V, ReversibleSequence, smallest_v, values_can_be_read
+from idm_fast.reversible.sequence import SMALLEST_V, smallest_v, values_can_be_read
 
-SCHEDULES = ("store", "two_level")
-KEEPABLE = frozenset({"steps"})
 TINY = {"widths": (24, 48), "heads": 4, "norm_groups": 8, "attention": (False, False)}
 """What makes `IDM.tiny`: narrow, and without attention, which would take a quarter to half of a step's time on a CPU."""
 
@@ -33,10 +36,12 @@ class IDM(ModelMixin, ConfigMixin):
         widths: U-Net channels at half and quarter image size; multiples of 4 and 16.
         heads: of every attention. norm_groups: of every GroupNorm.
         attention: whether the U-Net attends at half and at quarter image size.
-        schedule: what backward has: "store" is plain autograd; "two_level" recomputes steps and inverts the layers inside.
-        keep: what "two_level" stores besides: {"steps"} (the default) keeps the two one-channel images before each step;
-            {} recovers them by inversion, as published.
-        stream_dtype: "float32" or "float64", what the streams of the chains inside the U-Net are kept in.
+        schedule: what backward has: "store" is plain autograd, "flat" inverts the layers inside every step, "two_level" also
+            recomputes the steps; see `idm_fast.memory.schedule_for`.
+        keep: what is stored besides: "attention" (its outputs), and for "two_level" "steps" (the default: the two one-channel
+            images before each step; without it they are recovered by inversion, as published).
+        stream_dtype: "float32" or "float64", what the streams of the chains inside the U-Net are kept in; None: float32 under
+            autocast, and float64 outside, where inverting in float32 would add to the rounding of the network.
         trained_ratios, block_size, sensing_seed: what the weights were trained for, written by the trainer.
 
     Raises:
@@ -56,7 +61,7 @@ class IDM(ModelMixin, ConfigMixin):
         attention: tuple[bool, bool] = (True, True),
         schedule: str = "two_level",
         keep: Collection[str] | None = None,
-        stream_dtype: str = "float32",
+        stream_dtype: str | None = None,
         trained_ratios: list[float] | None = None,
         block_size: int | None = None,
         sensing_seed: int | None = None,
@@ -67,7 +72,8 @@ class IDM(ModelMixin, ConfigMixin):
         if widths[0] % 4 or widths[1] % 16 or any(width % norm_groups for width in widths):
             raise ValueError(f"widths: {tuple(widths)} must be multiples of 4 and 16, and both of norm_groups={norm_groups}")
         # No body draws random numbers, and `check_parameters` looks at every v at once.
-        chain_options = {"stream_dtype": getattr(torch, stream_dtype), "preserve_rng_state": False, "check_v": False}
+        streams = None if stream_dtype is None else getattr(torch, stream_dtype)
+        chain_options = {"stream_dtype": streams, "preserve_rng_state": False, "check_v": False}
         self.unet = UNet(
             (widths[0], widths[1]), steps, heads, norm_groups, (attention[0], attention[1]), chain_options
         )
@@ -76,36 +82,43 @@ class IDM(ModelMixin, ConfigMixin):
         self.alpha = nn.Parameter(torch.full((steps,), 0.5))
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(steps))
         self._coupling = ConvexCoupling()
-        self.keep = keep
-        self.schedule = schedule
+        self.set_schedule(schedule, keep)
+
+    def set_schedule(self, schedule: str, keep: Collection[str] | None = None) -> None:
+        """Choose a schedule by name with what it keeps, at any time; arguments and errors as in the constructor."""
+        self._keep = keep_for(schedule, keep)
+        self._schedule_name = schedule
+        self._keep_steps = schedule != "two_level" or "steps" in self._keep
+        self._plan = schedule_for(schedule, keep, len(self.v))
 
     @property
     def schedule(self) -> str:
-        """"store" or "two_level"; may be set at any time."""
-        return self._schedule
+        """"store", "flat" or "two_level", or "planned"; setting it keeps of `keep` what the new schedule can keep."""
+        return self._schedule_name
 
     @schedule.setter
     def schedule(self, schedule: str) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: {schedule!r} is unknown, expected one of {SCHEDULES}")
-        self._schedule = schedule
-        for module in self.modules():
-            if isinstance(module, ReversibleSequence):
-                module.recovery = "store" if schedule == "store" else "invert"
-            elif isinstance(module, Block):
-                module.recompute = schedule != "store"
+        self.set_schedule(schedule)
 
     @property
     def keep(self) -> frozenset[str]:
-        """What "two_level" stores besides the ends of what it recomputes; see the class."""
+        """What is stored besides; see the class."""
         return self._keep
 
     @keep.setter
     def keep(self, keep: Collection[str] | None) -> None:
-        chosen = KEEPABLE if keep is None else frozenset(keep)
-        if not chosen <= KEEPABLE:
-            raise ValueError(f"keep: {sorted(chosen - KEEPABLE)} cannot be kept, expected a subset of {sorted(KEEPABLE)}")
-        self._keep = chosen
+        self.set_schedule(self._schedule_name, keep)
+
+    @property
+    def plan(self) -> Schedule:
+        """The schedule in full, step by step; may be set to one made by hand or by the planner."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Schedule) -> None:
+        if len(plan) != len(self.v):
+            raise ValueError(f"plan: it has {len(plan)} steps, and the model {len(self.v)}")
+        self._schedule_name, self._keep, self._keep_steps, self._plan = "planned", frozenset(), True, tuple(plan)
 
     @classmethod
     def tiny(cls, steps: int = 3, **overrides: Any) -> IDM:
@@ -184,20 +197,46 @@ class IDM(ModelMixin, ConfigMixin):
             raise ValueError(f"physics: A_adjoint(y) is {tuple(aty.shape)}, expected (B, 1, H, W) with H and W multiples of 4")
         abar = [torch.ones_like(self.alpha[0]), *self.alpha.cumprod(0).unbind()]
         x = abar[-1].sqrt() * aty
-        calls = [
-            Call(partial(self._step, physics=physics, t=t), (y, aty, abar[t], abar[t - 1]))
-            for t in range(len(abar) - 1, 0, -1)
-        ]
-        run: Callable[..., tuple[Tensor, Tensor]] = plain_chain
-        if self.schedule == "two_level" and torch.is_grad_enabled():
-            run = partial(reversible_chain, keep="steps" in self.keep, preserve_rng_state=False)
-        y1, y2 = run(calls, self._coupling, list(self.v), x, self.input_scale * x, body_dtype=x.dtype)
-        return y1 + self.merge_scale * y2
+        with self._weights_cast_once(x):
+            return self._sample(x, y, aty, abar, physics)
+
+    def _weights_cast_once(self, x: Tensor) -> AbstractContextManager[None]:
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(x.device.type):
+            return nullcontext()
+        parts: list[nn.Module] = [*self.unet.down_blocks, *self.unet.up_blocks, self.unet.conv_in, self.unet.conv_out]
+        layers = [[m for m in part.modules() if isinstance(m, (Conv2d, Linear))] for part in parts]
+        return cast_once(
+            ([w for layer in group for w in (layer.weight, layer.bias) if w is not None] for group in layers),
+            torch.get_autocast_dtype(x.device.type),
+        )
+
+    def _sample(self, x: Tensor, y: Tensor, aty: Tensor, abar: list[Tensor], physics: Any) -> Tensor:
+        x1, x2 = x, self.input_scale * x
+        order = zip(range(len(abar) - 1, 0, -1), self._plan, self.v, strict=True)
+        for recomputed, steps in groupby(order, key=lambda step: step[1].recompute):
+            calls, weights = [], []
+            for t, schedule, v in steps:
+                calls.append(Call(partial(self._step, physics=physics, t=t, schedule=schedule), (y, aty, abar[t], abar[t - 1])))
+                weights.append(v)
+            chain: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
+            if recomputed and torch.is_grad_enabled():
+                chain = partial(reversible_chain, keep=self._keep_steps, preserve_rng_state=False)
+            x1, x2, _ = chain(calls, self._coupling, weights, x1, x2, body_dtype=x.dtype)
+        return x1 + self.merge_scale * x2
 
     def _step(
-        self, x: Tensor, y: Tensor, aty: Tensor, abar_t: Tensor, abar_prev: Tensor, *, physics: Any, t: int
+        self,
+        x: Tensor,
+        y: Tensor,
+        aty: Tensor,
+        abar_t: Tensor,
+        abar_prev: Tensor,
+        *,
+        physics: Any,
+        t: int,
+        schedule: StepSchedule,
     ) -> Tensor:
-        e = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), aty, physics, t), 2).to(x.dtype)
+        e = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), aty, physics, t, schedule), 2).to(x.dtype)
         if hasattr(physics, "project_step"):
             return cast(Tensor, physics.project_step(x, e, y, abar_t, abar_prev))
         dagger = getattr(physics, "A_dagger", physics.A_adjoint)

@@ -2,31 +2,29 @@
 
 Parameter names below a block are diffusers' (`norm1`, `transformer_blocks.0.attn1.to_q`, …), so that weights move by prefix
 alone (`convert.py`). What DESIGN §1 calls a chain is a `ReversibleSequence`; the rest (conv_in, first resnets, down- and
-upsampler, conv_out) changes shape and is plain autograd. Skips are inputs and outputs, never buffers.
+upsampler, conv_out) changes shape; backward stores or recomputes it. Skips are inputs and outputs, never buffers.
+
+The end of a chain travels unmerged (`ChainEnd`): its two streams are stored for the inversion anyway, so whoever reads
+y1 + m·y2 makes it on the spot, and makes it again in backward, instead of having it stored as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from idm_fast.memory.schedule import ChainSchedule, StepSchedule
 from idm_fast.models.injector import Injector
-from idm_fast.ops import geglu, group_norm_silu
-from idm_fast.reversible import ReversibleSequence, WiredSequence
+from idm_fast.models.layers import Conv2d, Linear, layer_dtype, weights_in
+from idm_fast.ops import chunked_feed_forward, geglu, group_norm_silu, layer_norm
+from idm_fast.reversible import ChainEnd, ReversibleSequence, WiredSequence, kept, recompute
 
 RESNET_EPS = 1e-5
 ATTENTION_EPS = 1e-6
-
-
-def layer_dtype(x: Tensor) -> torch.dtype:
-    """What convolutions and products will compute in: autocast's dtype where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def norm(layer: nn.GroupNorm, x: Tensor, silu: bool) -> Tensor:
@@ -42,10 +40,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, RESNET_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, RESNET_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
@@ -61,15 +59,17 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(channels, channels, bias=False)
+        self.to_v = Linear(channels, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: bool = False) -> Tensor:
+        """With `keep`, a reversible layer around stores what attention returns instead of attending again."""
         B, N, C = x.shape
         q, k, v = (p(x).view(B, N, self.heads, C // self.heads).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        attend = F.scaled_dot_product_attention
+        out = kept(attend, q, k, v) if keep else attend(q, k, v)
         return self.to_out[0](out.transpose(1, 2).reshape(B, N, C))
 
 
@@ -78,7 +78,7 @@ class GatedProjection(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return geglu(self.proj(x))
@@ -90,11 +90,15 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.ModuleList(
-            [GatedProjection(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
+            [GatedProjection(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """With `rows`, no more rows of the hidden layer exist at once, and it is computed again in backward."""
+        if rows is None or rows >= x.shape[0] * x.shape[1]:
+            return self.net[2](self.net[0](x))
+        projection, last = cast(GatedProjection, self.net[0]).proj, cast(Linear, self.net[2])
+        return chunked_feed_forward(x, *weights_in(projection, x), *weights_in(last, x), rows)
 
 
 class TransformerBlock(nn.Module):
@@ -107,9 +111,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, schedule: ChainSchedule) -> Tensor:
+        x = x + self.attn1(self._normed(self.norm1, x), schedule.keep_attention)
+        return x + self.ff(self._normed(self.norm3, x), schedule.feed_forward_rows)
+
+    @staticmethod
+    def _normed(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x, layer.weight, layer.bias, layer.eps, layer_dtype(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -120,16 +128,16 @@ class SpatialTransformer(nn.Module):
         if channels % heads:
             raise ValueError(f"heads: {heads} does not divide the {channels} channels of an attention")
         self.norm = nn.GroupNorm(groups, channels, ATTENTION_EPS)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, schedule: ChainSchedule) -> Tensor:
         B, C, height, width = x.shape
         h = self.proj_in(norm(self.norm, x, silu=False))
         h = h.permute(0, 2, 3, 1).reshape(B, height * width, C)
         for block in self.transformer_blocks:
-            h = block(h)
+            h = block(h, schedule)
         h = h.reshape(B, height, width, C).permute(0, 3, 1, 2)
         return self.proj_out(h) + x
 
@@ -149,56 +157,70 @@ class Level:
         return [self._injector(), *self._attention(), self._injector()]
 
 
-def injections(bodies: nn.ModuleList, condition: tuple[Any, ...]) -> dict[int, tuple[Any, ...]]:
-    """Side inputs of a chain: the condition (Aᵀy, physics, t) for its injectors, nothing for the others."""
-    return {i: condition for i, body in enumerate(bodies) if isinstance(body, Injector)}
+def side_inputs(
+    bodies: nn.ModuleList, condition: tuple[Any, ...], schedule: ChainSchedule, skips: tuple[Tensor, ...] = ()
+) -> dict[int, tuple[Any, ...]]:
+    """What the bodies of a chain read besides a stream.
+
+    Injectors read the condition (Aᵀy, physics, t), attentions the schedule, and resnets a skip each as long as there are any.
+    """
+    remaining = iter(skips)
+    inputs: dict[int, tuple[Any, ...]] = {}
+    for i, body in enumerate(bodies):
+        if isinstance(body, Injector):
+            inputs[i] = condition
+        elif isinstance(body, SpatialTransformer):
+            inputs[i] = (schedule,)
+        elif (skip := next(remaining, None)) is not None:
+            inputs[i] = (skip,)
+    return inputs
 
 
-class Block(nn.Module):
-    """What changes shape in a block is plain autograd; with `recompute`, backward runs it again instead of storing inside."""
-
-    recompute = False
-
-    def _run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return function(*inputs)
+def run(again: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs); with `again`, backward runs it once more instead of storing what is inside."""
+    return recompute(function, *inputs, preserve_rng_state=False) if again else function(*inputs)
 
 
-class DownBlock(Block):
-    """Two chains on the same two streams; the merged output of each is a skip. Then, if wanted, a downsampler."""
+class DownBlock(nn.Module):
+    """A chain from (x, s·x); merged in the middle and at its end it gives a skip each. Then, if wanted, a downsampler."""
 
     def __init__(self, level: Level, in_channels: int, downsample: bool, chain_options: dict[str, Any]) -> None:
         super().__init__()
         keeps_shape = in_channels == level.channels
         self.first_resnet = None if keeps_shape else level.resnet(in_channels)
-        chains = []
-        for j in range(2):
-            resnet = [level.resnet(level.channels)] if keeps_shape or j > 0 else []
-            chains.append(ReversibleSequence([*resnet, *level.injected_attention()], **chain_options))
-        self.chains = nn.ModuleList(chains)
+        first = [*([level.resnet(level.channels)] if keeps_shape else []), *level.injected_attention()]
+        second = [level.resnet(level.channels), *level.injected_attention()]
+        self.first_part = len(first)
+        """Layers before the first skip."""
+        self.chain = ReversibleSequence([*first, *second], **chain_options)
         self.input_scale = nn.Parameter(torch.ones(1))
         self.merge_scales = nn.Parameter(torch.zeros(2))
-        self.downsampler = nn.Conv2d(level.channels, level.channels, 3, stride=2, padding=1) if downsample else None
+        self.downsampler = Conv2d(level.channels, level.channels, 3, stride=2, padding=1) if downsample else None
 
-    def forward(self, x: Tensor, condition: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, condition: tuple[Any, ...], again: bool, schedule: ChainSchedule
+    ) -> tuple[Tensor, ChainEnd]:
+        """The two skips. `again`: what changes shape is recomputed."""
         if self.first_resnet is not None:
-            x = self._run(self.first_resnet, x)
-        body_dtype = torch.promote_types(x.dtype, torch.float32)
-        chains = cast(Sequence[ReversibleSequence], self.chains)
-        x1 = x.to(torch.promote_types(x.dtype, chains[0].stream_dtype))
-        x2 = (self.input_scale * x).to(x1.dtype)  # of x, not x1: autograd keeps the factor, and x may be half as wide
-        skips = []
-        for chain, merge_scale in zip(chains, self.merge_scales, strict=True):
-            x1, x2 = chain(x1, x2, extras=injections(chain.bodies, condition), body_dtype=body_dtype)
-            skips.append((x1 + merge_scale * x2).to(body_dtype))
-        if self.downsampler is not None:
-            skips.append(self._run(self.downsampler, skips[-1]))
-        return skips[-1], skips
+            x = run(again, self.first_resnet, x)
+        first_scale, last_scale = self.merge_scales
+        y1, y2, (skip,) = self.chain(
+            x,
+            input_scale=self.input_scale,
+            extras=side_inputs(self.chain.bodies, condition, schedule),
+            merges={self.first_part - 1: first_scale},
+            recovery=schedule.recovery,
+        )
+        return skip.to(torch.promote_types(x.dtype, torch.float32)), ChainEnd(y1, y2, last_scale)
+
+    def smaller(self, end: ChainEnd, dtype: torch.dtype) -> Tensor:
+        """The end at half the resolution."""
+        assert self.downsampler is not None
+        return self.downsampler(end.merged(dtype))
 
 
-class UpBlock(Block):
-    """A resnet that changes the shape, then one chain whose resnets read a skip each, then, if wanted, an upsampler."""
+class UpBlock(nn.Module):
+    """A resnet that changes the shape, then one chain whose resnets read a skip each."""
 
     def __init__(
         self, level: Level, in_channels: int, skip_channels: tuple[int, int, int], upsample: bool, chain_options: dict
@@ -210,22 +232,31 @@ class UpBlock(Block):
         for channels in others:
             bodies += [level.resnet(level.channels + channels), *level.injected_attention()]
         self.chain = WiredSequence(bodies, **chain_options)
-        self.upsampler = nn.Conv2d(level.channels, level.channels, 3, padding=1) if upsample else None
+        self.upsampler = Conv2d(level.channels, level.channels, 3, padding=1) if upsample else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], condition: tuple[Any, ...]) -> Tensor:
-        """`skips`: the three that this block reads, in the order in which it reads them."""
+    def forward(
+        self,
+        enter: Callable[..., Tensor],
+        end: ChainEnd,
+        skips: tuple[ChainEnd, Tensor, Tensor],
+        condition: tuple[Any, ...],
+        again: bool,
+        schedule: ChainSchedule,
+    ) -> ChainEnd:
+        """`enter`: (end, dtype) → what goes in; `skips`: in the order in which they are read. `again`: as in `DownBlock`."""
         first, *others = skips
-        x = self._run(self.first_resnet, x, first)
-        bodies = self.chain.chain.bodies
-        resnets = [i for i, body in enumerate(bodies) if isinstance(body, ResnetBlock)]
-        extras = injections(bodies, condition) | {i: (skip,) for i, skip in zip(resnets, others, strict=True)}
-        x = self.chain(x, extras=extras)
-        if self.upsampler is not None:
-            x = self._run(self._upsample, x)
-        return x
+        dtype = torch.promote_types(others[0].dtype, torch.float32)
 
-    def _upsample(self, x: Tensor) -> Tensor:
+        def start(end: ChainEnd, first: ChainEnd) -> Tensor:
+            return self.first_resnet(enter(end, dtype), first.merged(dtype))
+
+        extras = side_inputs(self.chain.chain.bodies, condition, schedule, tuple(others))
+        return self.chain.unmerged(run(again, start, end, first), extras=extras, recovery=schedule.recovery)
+
+    def larger(self, end: ChainEnd, dtype: torch.dtype) -> Tensor:
+        """The end at twice the resolution."""
         assert self.upsampler is not None
+        x = end.merged(dtype)
         return self.upsampler(F.interpolate(x.to(layer_dtype(x)), scale_factor=2.0, mode="nearest"))
 
 
@@ -254,7 +285,7 @@ class UNet(nn.Module):
         wide, narrow = widths[1], widths[0]
         high = Level(narrow, 2, steps, heads, groups, attention[0])
         low = Level(wide, 4, steps, heads, groups, attention[1])
-        self.conv_in = nn.Conv2d(4, narrow, 3, padding=1)
+        self.conv_in = Conv2d(4, narrow, 3, padding=1)
         self.down_blocks = nn.ModuleList(
             [DownBlock(high, narrow, True, chain_options), DownBlock(low, narrow, False, chain_options)]
         )
@@ -265,17 +296,25 @@ class UNet(nn.Module):
             ]
         )
         self.conv_norm_out = nn.GroupNorm(groups, narrow, RESNET_EPS)
-        self.conv_out = nn.Conv2d(narrow, 4, 3, padding=1)
+        self.conv_out = Conv2d(narrow, 4, 3, padding=1)
 
-    def forward(self, x: Tensor, aty: Tensor, physics: Any, t: int) -> Tensor:
+    def forward(self, x: Tensor, aty: Tensor, physics: Any, t: int, schedule: StepSchedule) -> Tensor:
         """x (B, 4, H/2, W/2), aty (B, 1, H, W), t in 1 … T; H and W multiples of 4."""
-        condition = (aty, physics, t)
-        x = self.conv_in(x)
-        skips = [x]
-        for down in self.down_blocks:
-            x, new_skips = down(x, condition)
-            skips += new_skips
-        x = torch.cat([x, x], dim=1)  # 2·C channels where the removed blocks of SD 1.5 gave as many
-        for up in self.up_blocks:
-            x = up(x, [skips.pop() for _ in range(3)], condition)
-        return self.conv_out(norm(self.conv_norm_out, x, silu=True))
+        condition, again, dtype = (aty, physics, t), schedule.recompute_between, torch.promote_types(x.dtype, torch.float32)
+        (down_high, down_low), (up_low, up_high), chains = self.down_blocks, self.up_blocks, schedule.chains
+        high = self.conv_in(x)
+        high_middle, high_end = down_high(high, condition, again, chains[0])
+        low = run(again, cast(DownBlock, down_high).smaller, high_end, dtype)
+        low_middle, low_end = down_low(low, condition, again, chains[1])
+        # 2·C channels where the removed blocks of SD 1.5 gave as many
+        end = up_low(_twice, low_end, (low_end, low_middle, low), condition, again, chains[2])
+        end = up_high(up_low.larger, end, (high_end, high_middle, high), condition, again, chains[3])
+        return run(again, self._leave, end, dtype)
+
+    def _leave(self, end: ChainEnd, dtype: torch.dtype) -> Tensor:
+        return self.conv_out(norm(self.conv_norm_out, end.merged(dtype), silu=True))
+
+
+def _twice(end: ChainEnd, dtype: torch.dtype) -> Tensor:
+    x = end.merged(dtype)
+    return torch.cat([x, x], dim=1)

@@ -1,9 +1,11 @@
 """The operators `idm_fast::…`: schema, fake kernel, gradient, reference, and the choice of implementation. See DESIGN §3."""
 
 from idm_fast.ops.coupling import couple, decouple, uncouple
+from idm_fast.ops.feed_forward import chunked_feed_forward
 from idm_fast.ops.geglu import geglu
 from idm_fast.ops.group_norm import group_norm_silu
 from idm_fast.ops.injector import inject_read, inject_write
+from idm_fast.ops.layer_norm import layer_norm
 from idm_fast.ops.projection import adjoint, gram, measure, project_step
 from idm_fast.ops.registry import choose_from_environment, report, use
 
@@ -11,6 +13,7 @@ choose_from_environment()
 
 __all__ = [
     "adjoint",
+    "chunked_feed_forward",
     "couple",
     "decouple",
     "geglu",
@@ -18,6 +21,7 @@ __all__ = [
     "group_norm_silu",
     "inject_read",
     "inject_write",
+    "layer_norm",
     "measure",
     "project_step",
     "report",

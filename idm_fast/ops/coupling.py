@@ -32,6 +32,12 @@ def uncouple_reference(y1: Tensor, F: Tensor, d1: Tensor, v: Tensor) -> tuple[Te
     return x2, *couple_backward_reference(d1, F, x2, v)
 
 
+def uncouple_inplace_reference(y1: Tensor, F: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    w = v.to(y1.dtype).reshape(())
+    x2 = y1.add_(F.to(y1.dtype) * (w - 1)).div_(w)
+    return couple_backward_reference(d1, F, x2, v)
+
+
 couple_op = define_op(
     "couple(Tensor F, Tensor x2, Tensor v) -> Tensor",
     couple_reference,
@@ -52,6 +58,13 @@ uncouple_op = define_op(
     uncouple_reference,
     lambda y1, F, d1, v: (torch.empty_like(y1), torch.empty_like(F), torch.empty_like(d1), torch.empty_like(v)),
 )
+
+uncouple_inplace_op = define_op(
+    "uncouple_(Tensor(a!) y1, Tensor F, Tensor d1, Tensor v) -> (Tensor, Tensor, Tensor)",
+    uncouple_inplace_reference,
+    lambda y1, F, d1, v: (torch.empty_like(F), torch.empty_like(d1), torch.empty_like(v)),
+)
+"""`uncouple` with x2 written over y1; returns dF, dx2, dv. Not differentiable."""
 
 
 def _save_inputs(ctx, inputs, output) -> None:

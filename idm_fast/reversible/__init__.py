@@ -1,6 +1,7 @@
 """Drop-in reversible layers: they need torch alone and know nothing of diffusion. See DESIGN §4."""
 
 from idm_fast.reversible.coupling import AdditiveCoupling, ConvexCoupling
-from idm_fast.reversible.sequence import ReversibleSequence, WiredSequence
+from idm_fast.reversible.segment import kept, recompute
+from idm_fast.reversible.sequence import ChainEnd, ReversibleSequence, WiredSequence
 
-__all__ = ["AdditiveCoupling", "ConvexCoupling", "ReversibleSequence", "WiredSequence"]
+__all__ = ["AdditiveCoupling", "ChainEnd", "ConvexCoupling", "ReversibleSequence", "WiredSequence", "kept", "recompute"]

@@ -2,11 +2,11 @@
 
     y1, y2 = couple(body(x1), x2), x1          layer after layer
 
-Autograd records the chain as usual, but every tensor that a body wants kept is dropped (`_Layer.run`). Backward reaches the
+Autograd records the chain as usual, but every tensor that a body wants kept is dropped (`Segment.run`). Backward reaches the
 layers from the last to the first. Each coupling node (`_Couple`) takes the layer's output streams, so x1 = y2; runs the body on
-x1 once more, which refills what was dropped; and recovers x2 from y1 and the body's output F while computing the gradients
-of F, x2 and v. The recovered (x1, x2) are the output streams of the layer before. Only the chain's last streams are stored,
-by `_End`.
+x1 once more, which refills what was dropped (`Segment.replay`); and recovers x2 from y1 and the body's output F while computing
+the gradients of F, x2 and v. The recovered (x1, x2) are the output streams of the layer before; x2 is written over y1. Only the
+chain's last streams are stored, by `_End`.
 
 Because the bodies' own graph nodes run in backward, parameter gradients, hooks, shared weights and side inputs (skips,
 conditioning) behave as in plain autograd, and everything that is stored goes through saved-tensor hooks, so chains nest: in
@@ -15,18 +15,15 @@ each other and in torch.utils.checkpoint.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from idm_fast.reversible.coupling import Coupling
-from idm_fast.reversible.replay import ReplayContext
+from idm_fast.reversible.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -38,156 +35,102 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-class _Holder:
-    """Stands in the graph for a tensor that was dropped."""
+class _Body:
+    """A body as a chain calls it: in the dtype that bodies get, with its shape checked."""
 
-    __slots__ = ("__weakref__",)
+    def __init__(self, index: int, body: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        self._index, self._body, self._dtype = index, body, dtype
 
-
-class _Layer:
-    """One body of a chain, from its forward to its replay."""
-
-    def __init__(self, index: int, call: Call, preserve_rng_state: bool, body_dtype: torch.dtype, device: torch.device):
-        self.index = index
-        self.body = call.body
-        leaves, self._spec = tree_flatten((call.args, call.kwargs))
-        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.tensors = {position: leaf for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        self._needs_grad = {position: leaf.requires_grad for position, leaf in self.tensors.items()}
-        self._body_dtype = body_dtype
-        self._capture = lambda: ReplayContext.capture(device, preserve_rng_state)
-        self._context: ReplayContext
-        self._holders: list[weakref.ref[_Holder]] = []
-        self._refilled: weakref.WeakKeyDictionary[_Holder, Tensor] = weakref.WeakKeyDictionary()
-        self.x1_needs_grad = False
-
-    def _call(self, x1: Tensor, tensors: dict[int, Tensor]) -> Tensor:
-        leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
-        args, kwargs = _unflatten(leaves, self._spec)
-        F = self.body(x1.to(self._body_dtype), *args, **kwargs)
+    def __call__(self, x1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        version = x1._version
+        F = self._body(x1.to(self._dtype), *args, **kwargs)
+        name = f"body {self._index} ({type(self._body).__name__})"
         if F.shape != x1.shape:
             raise ValueError(
-                f"body {self.index} ({type(self.body).__name__}) turned {tuple(x1.shape)} into {tuple(F.shape)}; "
+                f"{name} turned {tuple(x1.shape)} into {tuple(F.shape)}; "
                 "a reversible chain needs bodies that preserve the shape"
             )
-        return F
-
-    def run(self, x1: Tensor) -> Tensor:
-        """F = body(x1), recorded, with everything that autograd would store dropped."""
-        self.x1_needs_grad = x1.requires_grad
-        self._context = self._capture()
-        version = x1._version
-        with saved_tensors_hooks(self._drop, self._restore):
-            F = self._call(x1, self.tensors)
         if x1._version != version:
             raise RuntimeError(
-                f"body {self.index} ({type(self.body).__name__}) changed its input in place, and that input is the other "
-                "stream of the next layer; make its first operation out of place (inplace=False)"
+                f"{name} changed its input in place, and that input is the other stream of the next layer; make its first "
+                "operation out of place (inplace=False)"
             )
-        self.tensors = {}
         return F
-
-    def replay(self, x1: Tensor, tensors: dict[int, Tensor]) -> Tensor:
-        """F again, from the recovered x1; refills what `run` dropped."""
-        position = 0
-
-        def refill(tensor: Tensor) -> None:
-            nonlocal position
-            if position < len(self._holders):
-                holder = self._holders[position]()
-                if holder is not None:
-                    self._refilled[holder] = tensor.detach()
-            position += 1
-
-        x1 = x1.detach().requires_grad_(self.x1_needs_grad)
-        leaves = {p: t.detach().requires_grad_(self._needs_grad[p]) for p, t in tensors.items()}
-        with self._context.put_back(self.body), torch.enable_grad(), saved_tensors_hooks(refill, _never):
-            F = self._call(x1, leaves)
-        if position != len(self._holders):
-            raise RuntimeError(
-                f"body {self.index} ({type(self.body).__name__}) kept {len(self._holders)} tensors in forward and {position} "
-                "when it was run again; it must do the same twice, with the same requires_grad on its parameters"
-            )
-        return F.detach()
-
-    def rerun(self, x1: Tensor, tensors: dict[int, Tensor]) -> Tensor:
-        """F again without a graph, to invert a layer that takes no part in this backward pass."""
-        with self._context.put_back(self.body), torch.no_grad():
-            return self._call(x1, tensors)
-
-    def _drop(self, tensor: Tensor) -> _Holder:
-        holder = _Holder()
-        self._holders.append(weakref.ref(holder))
-        return holder
-
-    def _restore(self, holder: _Holder) -> Tensor:
-        if holder not in self._refilled:
-            raise RuntimeError(
-                f"backward entered body {self.index} ({type(self.body).__name__}) before its coupling; a body of a reversible "
-                "chain may pass tensors to the loss through its return value only"
-            )
-        return self._refilled[holder]
-
-
-def _unflatten(leaves: list[Any], spec: TreeSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = tree_unflatten(leaves, spec)
-    return args, kwargs
-
-
-def _never(packed: object) -> Tensor:
-    raise RuntimeError("the graph of a replay is thrown away and never differentiated")
 
 
 class _Chain:
     """What the layers of one forward pass share: the coupling, and in backward the recovered streams and side inputs."""
 
-    def __init__(self, coupling: Coupling, layers: list[_Layer], weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, coupling: Coupling, layers: list[Segment], weights: Sequence[Tensor | None]) -> None:
         self.coupling = coupling
         self.layers = layers
+        self.starts_scaled = False
+        """Whether `_Start` wants the first layer's input."""
         self._weights = [None if v is None else v.detach() for v in weights]
-        self.streams: dict[int, tuple[Tensor, Tensor]] = {}
+        self._streams: dict[int, tuple[Tensor, Tensor]] = {}
         """(y1, y2) by layer, present between their recovery and their use."""
-        self._side: list[Tensor | None] = []
-        self.side_inputs: list[Tensor] = []
-        """Every tensor among the side inputs, once; emptied when `_End` has stored them."""
-        self._where: list[dict[int, int]] = []
+        self._saved: list[Tensor | None] = []
+        """Side inputs and what `kept` stores, by slot."""
+        self._side_slots: list[dict[int, int]] = []
+        self._stored_slots: list[range] = []
         self._first_reader: dict[int, int] = {}
+
+    def end_forward(self) -> list[Tensor]:
+        """Every tensor that backward needs besides the last streams, each once; to be given back to `begin_backward`."""
+        saved: list[Tensor] = []
         slots: dict[int, int] = {}
-        for layer in layers:
+        for index, layer in enumerate(self.layers):
             where = {}
             for position, tensor in layer.tensors.items():
-                slot = slots.setdefault(id(tensor), len(self.side_inputs))
-                if slot == len(self.side_inputs):
-                    self.side_inputs.append(tensor)
-                    self._first_reader[slot] = layer.index
+                if position == 0:  # x1, which is recovered
+                    continue
+                slot = slots.setdefault(id(tensor), len(saved))
+                if slot == len(saved):
+                    saved.append(tensor)
+                    self._first_reader[slot] = index
                 where[position] = slot
-            self._where.append(where)
+            self._side_slots.append(where)
+        for index, layer in enumerate(self.layers):
+            self._stored_slots.append(range(len(saved), len(saved) + len(layer.stored)))
+            self._first_reader |= dict.fromkeys(self._stored_slots[-1], index)
+            saved += layer.stored
+            layer.release()
+        return saved
 
-    def begin_backward(self, y1: Tensor, y2: Tensor, side: Sequence[Tensor]) -> None:
-        self.streams[len(self.layers) - 1] = (y1, y2)
-        self._side = list(side)
+    def begin_backward(self, y1: Tensor, y2: Tensor, saved: Sequence[Tensor]) -> None:
+        self._streams[len(self.layers) - 1] = (y1, y2)
+        self._saved = list(saved)
 
-    def take_streams(self, index: int) -> tuple[Tensor, Tensor]:
-        """Output streams of layer `index`; layers above that this backward pass skipped are inverted on the way."""
-        if index not in self.streams:
-            start = min((i for i in self.streams if i > index), default=None)
+    def output_streams(self, index: int) -> tuple[Tensor, Tensor]:
+        """(y1, y2) of layer `index`; layers above that this backward pass has not reached are inverted on the way."""
+        if index not in self._streams:
+            start = min((i for i in self._streams if i > index), default=None)
             if start is None:
                 raise RuntimeError("this reversible chain was differentiated already; pass retain_graph=True to do so twice")
+            y1, x1 = self._streams[start]
             for i in range(start, index, -1):
-                y1, x1 = self.streams[i]
-                F = self.layers[i].rerun(x1, self.side(i))
-                self.streams[i - 1] = (x1, self.coupling.inverse(y1, F, self._weights[i]))
-        return self.streams.pop(index)
+                F = self.layers[i].rerun({0: x1} | self._side(i))
+                y1, x1 = x1, self.coupling.inverse(y1, F, self._weights[i])
+            self._streams[index] = (y1, x1)
+        return self._streams[index]
 
-    def side(self, index: int) -> dict[int, Tensor]:
-        tensors = {position: self._side[slot] for position, slot in self._where[index].items()}
-        return {position: tensor for position, tensor in tensors.items() if tensor is not None}
+    def replay(self, index: int, x1: Tensor) -> Tensor:
+        """F of layer `index`."""
+        stored = [tensor for slot in self._stored_slots[index] if (tensor := self._saved[slot]) is not None]
+        return self.layers[index].replay({0: x1} | self._side(index), stored)
 
-    def release_side(self, index: int) -> None:
-        """Let go of side inputs that no layer below `index` reads."""
+    def leave(self, index: int, recovered: tuple[Tensor, Tensor] | None) -> None:
+        """Layer `index` is done: its inputs are the output of the layer below, and what it alone reads may go."""
+        self._streams.pop(index, None)
+        if recovered is not None and (index > 0 or self.starts_scaled):
+            self._streams[index - 1] = recovered
         for slot, first_reader in self._first_reader.items():
             if first_reader == index:
-                self._side[slot] = None
+                self._saved[slot] = None
+
+    def _side(self, index: int) -> dict[int, Tensor]:
+        tensors = {position: self._saved[slot] for position, slot in self._side_slots[index].items()}
+        return {position: tensor for position, tensor in tensors.items() if tensor is not None}
 
 
 class _Couple(torch.autograd.Function):
@@ -207,42 +150,87 @@ class _Couple(torch.autograd.Function):
                 "a reversible chain cannot be differentiated twice (create_graph=True): its tensors are recovered, not stored; "
                 'use the schedule "store" for second derivatives'
             )
-        chain, index, layer = ctx.chain, ctx.index, ctx.chain.layers[ctx.index]
+        chain, index, coupling = ctx.chain, ctx.index, ctx.chain.coupling
         v, *kept = ctx.saved_tensors
-        y1, x1 = (None, kept[0]) if ctx.keep else chain.take_streams(index)
+        y1, x1 = (None, kept[0]) if ctx.keep else chain.output_streams(index)
         # Even where no gradient arrives (d1 is None: only y2 was used), autograd enters the body's nodes and asks for tensors.
-        F = layer.replay(x1, chain.side(index))
-        dF = dx2 = dv = None
+        F = chain.replay(index, x1)
+        dF = dx2 = dv = recovered = None
         if ctx.keep:
             if d1 is not None:
-                dF, dx2, dv = chain.coupling.backward(d1, F, kept[1], v)
+                dF, dx2, dv = coupling.backward(d1, F, kept[1], v)
         else:
             if d1 is None:
-                x2 = chain.coupling.inverse(y1, F, v)
+                x2 = coupling.inverse(y1, F, v)
             else:
-                x2, dF, dx2, dv = chain.coupling.uncouple(y1, F, d1, v)
-            if index > 0:
-                chain.streams[index - 1] = (x1, x2)
-        chain.release_side(index)
+                # The last two streams are the caller's; the others were recovered here, and each is read last by its own layer.
+                own = index < len(chain.layers) - 2
+                x2, dF, dx2, dv = coupling.uncouple(y1, F, d1, v, inplace=own)
+            recovered = (x1, x2)
+        chain.leave(index, recovered)
         return None, None, None, dF, None, dx2, dv
 
 
-class _End(torch.autograd.Function):
-    """Identity on the last streams. Stores them and the side inputs, and hands them to the chain when backward begins."""
+def _merge(y1: Tensor, y2: Tensor, m: Tensor) -> Tensor:
+    return torch.addcmul(y1, y2, m.to(y1.dtype))
+
+
+class _Start(torch.autograd.Function):
+    """x2 = s·x1; x1 is not stored, the chain has recovered it when backward arrives."""
 
     @staticmethod
-    def forward(ctx, chain: _Chain, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, chain: _Chain, x1: Tensor, s: Tensor) -> Tensor:
         ctx.chain = chain
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y1, y2, *chain.side_inputs)
-        chain.side_inputs = []
-        return y1.view_as(y1), y2.view_as(y2)
+        ctx.save_for_backward(s)
+        return x1 * s.to(x1.dtype)
 
     @staticmethod
-    def backward(ctx, d1: Tensor, d2: Tensor):
-        y1, y2, *side = ctx.saved_tensors
-        ctx.chain.begin_backward(y1, y2, side)
-        return None, d1, d2
+    def backward(ctx, d2: Tensor | None):
+        (s,) = ctx.saved_tensors
+        if d2 is None:
+            ctx.chain.leave(-1, None)
+            return None, None, None
+        x1 = ctx.chain.output_streams(-1)[0]
+        ctx.chain.leave(-1, None)
+        return None, d2 * s.to(d2.dtype), (d2 * x1).sum().to(s.dtype).reshape(s.shape)
+
+
+class _Merge(torch.autograd.Function):
+    """y1 + m·y2 after a layer inside the chain; y2 is not stored, the chain has recovered it when backward arrives."""
+
+    @staticmethod
+    def forward(ctx, chain: _Chain, index: int, y1: Tensor, y2: Tensor, m: Tensor) -> Tensor:
+        ctx.chain, ctx.index = chain, index
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(m)
+        return _merge(y1, y2, m)
+
+    @staticmethod
+    def backward(ctx, d: Tensor | None):
+        (m,) = ctx.saved_tensors
+        if d is None:
+            return None, None, None, None, None
+        y2 = ctx.chain.output_streams(ctx.index)[1]
+        return None, None, d, d * m, (d * y2).sum().to(m.dtype).reshape(m.shape)
+
+
+class _End(torch.autograd.Function):
+    """Identity on all that the chain returns. Stores the last streams and what the chain wants, and hands it to the chain when
+    backward begins."""
+
+    @staticmethod
+    def forward(ctx, chain: _Chain, y1: Tensor, y2: Tensor, *merged: Tensor) -> tuple[Tensor, ...]:
+        ctx.chain = chain
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y1, y2, *chain.end_forward())
+        return tuple(t.view_as(t) for t in (y1, y2, *merged))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        y1, y2, *saved = ctx.saved_tensors
+        ctx.chain.begin_backward(y1, y2, saved)
+        return None, *gradients
 
 
 def reversible_chain(
@@ -250,35 +238,51 @@ def reversible_chain(
     coupling: Coupling,
     weights: Sequence[Tensor | None],
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None,
     *,
+    input_scale: Tensor | None = None,
+    merges: Mapping[int, Tensor] | None = None,
     keep: bool = False,
     preserve_rng_state: bool = True,
     body_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the chain; its backward recomputes the bodies.
 
     Args:
         calls: the bodies with their side inputs.
         weights: v of each layer, one element, or None for a coupling without one.
-        x1, x2: streams, float32 or float64, one shape.
+        x1, x2: streams, float32 or float64, one shape. input_scale: s, one element, for x2 = s·x1 in place of an x2.
+        merges: layer → m: y1 + m·y2 after that layer is wanted too.
         keep: store each layer's input streams instead of recovering them by inversion. No drift, two tensors a layer.
         preserve_rng_state: put the generators back on replay; False saves time when no body draws random numbers.
         body_dtype: what a body is given x1 in.
 
     Returns:
-        y1, y2 of the last layer.
+        y1, y2 of the last layer, and the merges in the order of their layers.
 
     Raises:
         RuntimeError: in backward, when asked for second derivatives, when a body does not do the same twice, or when a
             tensor from inside a body reached the loss past its return value.
     """
-    layers = [_Layer(i, call, preserve_rng_state, body_dtype, x1.device) for i, call in enumerate(calls)]
+    layers: list[Segment] = []
     chain = _Chain(coupling, layers, weights)
-    for layer, v in zip(layers, weights, strict=True):
-        F = layer.run(x1)
-        x1, x2 = _Couple.apply(chain, layer.index, keep, F, x1, x2, v), x1
-    return _End.apply(chain, x1, x2)
+    merged = []
+    if x2 is None:
+        assert input_scale is not None
+        chain.starts_scaled = bool(calls) and not keep
+        x2 = cast(Tensor, _Start.apply(chain, x1, input_scale)) if chain.starts_scaled else x1 * input_scale.to(x1.dtype)
+    for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
+        body = _Body(index, call.body, body_dtype)
+        layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
+        layers.append(layer)
+        F = layer.run()
+        x1, x2 = _Couple.apply(chain, index, keep, F, x1, x2, v), x1
+        if merges and index in merges:
+            m = merges[index]
+            merged.append(_merge(x1, x2, m) if keep else _Merge.apply(chain, index, x1, x2, m))
+        layer.tensors.pop(0)  # let go of x1
+    y1, y2, *merged = _End.apply(chain, x1, x2, *merged)
+    return y1, y2, merged
 
 
 def plain_chain(
@@ -286,15 +290,23 @@ def plain_chain(
     coupling: Coupling,
     weights: Sequence[Tensor | None],
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None,
     *,
+    input_scale: Tensor | None = None,
+    merges: Mapping[int, Tensor] | None = None,
     body_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same function under plain autograd, which stores what it likes."""
-    for call, v in zip(calls, weights, strict=True):
+    merged = []
+    if x2 is None:
+        assert input_scale is not None
+        x2 = x1 * input_scale.to(x1.dtype)
+    for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
         F = call.body(x1.to(body_dtype), *call.args, **call.kwargs)
         x1, x2 = coupling.forward(F, x2, v), x1
-    return x1, x2
+        if merges and index in merges:
+            merged.append(_merge(x1, x2, merges[index]))
+    return x1, x2, merged
 
 
 @torch.no_grad()

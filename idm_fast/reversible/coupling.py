@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from idm_fast import ops
-from idm_fast.ops.coupling import couple_backward_op
+from idm_fast.ops.coupling import couple_backward_op, uncouple_inplace_op
 
 
 class Coupling(Protocol):
@@ -32,9 +32,9 @@ class Coupling(Protocol):
         """dF, dx2, dv for d1, the gradient of y1."""
 
     def uncouple(
-        self, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor | None
+        self, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor | None, inplace: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x2, dF, dx2, dv: inverse and backward at once."""
+        """x2, dF, dx2, dv: inverse and backward at once. With `inplace`, x2 is written over y1."""
 
 
 class ConvexCoupling:
@@ -51,8 +51,10 @@ class ConvexCoupling:
     def backward(self, d1: Tensor, F: Tensor, x2: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return couple_backward_op(d1, F, x2, v)
 
-    def uncouple(self, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.uncouple(y1, F, d1, v)
+    def uncouple(
+        self, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor, inplace: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (y1, *uncouple_inplace_op(y1, F, d1, v)) if inplace else ops.uncouple(y1, F, d1, v)
 
 
 class AdditiveCoupling:
@@ -69,8 +71,10 @@ class AdditiveCoupling:
     def backward(self, d1: Tensor, F: Tensor, x2: Tensor, v: None) -> tuple[Tensor, Tensor, None]:
         return d1.to(F.dtype), d1, None
 
-    def uncouple(self, y1: Tensor, F: Tensor, d1: Tensor, v: None) -> tuple[Tensor, Tensor, Tensor, None]:
-        return y1 - F, d1.to(F.dtype), d1, None
+    def uncouple(
+        self, y1: Tensor, F: Tensor, d1: Tensor, v: None, inplace: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        return y1.sub_(F) if inplace else y1 - F, d1.to(F.dtype), d1, None
 
 
 COUPLINGS: dict[str, type[ConvexCoupling] | type[AdditiveCoupling]] = {

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
 
 from idm_fast.ops import registry
+from idm_fast.reversible import casts
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,18 @@ class ReplayContext:
     autocast: AutocastState
     random: RandomState | None
     implementation: str | None
+    weight_casts: casts.Casts | None
 
     @classmethod
     def capture(cls, device: torch.device, preserve_rng_state: bool) -> ReplayContext:
         random = RandomState.capture(device) if preserve_rng_state else None
-        return cls(AutocastState.capture(device), random, registry.current_choice())
+        return cls(AutocastState.capture(device), random, registry.current_choice(), casts.in_force())
 
     @contextmanager
     def put_back(self, body: Callable[..., Any]) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self.autocast.put_back())
+            stack.enter_context(casts.put_back(self.weight_casts))
             if self.random is not None:
                 stack.enter_context(self.random.put_back())
             if self.implementation != registry.current_choice():
@@ -96,6 +100,7 @@ def _norm_buffers_kept(body: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
+        # The norm itself moves its statistics without a new version of the tensor; so must what moves them back.
+        for buffer, value in saved:
+            with torch.no_grad(), _unsafe_preserve_version_counter(buffer):
                 buffer.copy_(value)

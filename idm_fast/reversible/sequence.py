@@ -9,8 +9,9 @@ is not what limits you, use plain autograd (`recovery="store"`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class ReversibleSequence(nn.Module):
         coupling: "convex" (above, a learnable v a layer started at 0.5), or "additive" (RevNet: y1 = x2 + body(x1)).
         stream_dtype: torch.float32 or torch.float64, what the two streams are kept in. Inverting multiplies rounding by
             1/v a layer: float32 serves about 11 layers at v = 0.5 with float32 bodies; float64 is exact to 1e-13.
+            None: float32 under autocast, whose bodies round more than that, and float64 outside.
         recovery: see `Recovery`; may be changed at any time as an attribute.
         preserve_rng_state: put the random generators back when a body runs again (dropout). False saves time.
         check_v: in training, refuse a v that cannot be inverted. Costs a GPU one synchronisation a forward pass.
@@ -47,13 +49,14 @@ class ReversibleSequence(nn.Module):
         self,
         bodies: Iterable[nn.Module],
         coupling: str = "convex",
-        stream_dtype: torch.dtype = torch.float32,
+        stream_dtype: torch.dtype | None = torch.float32,
         recovery: Recovery = "invert",
         preserve_rng_state: bool = True,
         check_v: bool = True,
     ) -> None:
         super().__init__()
-        check_stream_dtype(stream_dtype)
+        if stream_dtype is not None:
+            check_stream_dtype(stream_dtype)
         self.bodies = nn.ModuleList(bodies)
         self.coupling = coupling
         self._coupling = make_coupling(coupling)
@@ -67,47 +70,53 @@ class ReversibleSequence(nn.Module):
     def forward(
         self,
         x1: Tensor,
-        x2: Tensor,
+        x2: Tensor | None = None,
         *shared: Any,
+        input_scale: Tensor | None = None,
         extras: Mapping[int, tuple[Any, ...]] | None = None,
+        merges: Mapping[int, Tensor] | None = None,
+        recovery: Recovery | None = None,
         body_dtype: torch.dtype | None = None,
         **shared_kw: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         """Run the chain.
 
         Args:
             x1, x2: the streams, one shape and dtype; cast to `stream_dtype` when that is wider.
+            input_scale: s, one element; with x2 = None the second stream starts as s·x1, and nothing is stored for s.
             shared, shared_kw: given to every body behind x1. Tensors may carry a graph; their gradients come back once.
             extras: layer index → further positional inputs of that body alone (a skip, say).
+            merges: layer index → m, one element: y1 + m·y2 as it is after that layer is returned too (a skip to elsewhere).
+                Nothing is stored for its gradient.
+            recovery: for this call, instead of the attribute.
             body_dtype: what bodies are given x1 in, when the streams are wider; default: what x1 and x2 came in, at least
                 float32.
 
         Returns:
-            y1, y2 in the streams' dtype.
+            y1, y2 in the streams' dtype; behind them, when there are `merges`, the list of these, by layer.
 
         Raises:
-            ValueError: shapes of x1 and x2 differ, an index in `extras` is no layer, a v is too close to 0 to be inverted.
+            ValueError: shapes of x1 and x2 differ, an index in `extras` or `merges` is no layer, a v is too close to 0 to be
+                inverted, an unknown recovery.
         """
+        recovery = recovery or self.recovery
+        if recovery not in ("invert", "keep", "store"):
+            raise ValueError(f"recovery: {recovery!r} is unknown, expected 'invert', 'keep' or 'store'")
         calls = self._calls(shared, extras, shared_kw)
-        x1, x2, body_dtype = self._streams(x1, x2, body_dtype)
-        if self.recovery == "store" or not torch.is_grad_enabled():
-            return plain_chain(calls, self._coupling, self._weights(), x1, x2, body_dtype=body_dtype)
-        if self.recovery not in ("invert", "keep"):
-            raise ValueError(f"recovery: {self.recovery!r} is unknown, expected 'invert', 'keep' or 'store'")
-        if self.check_v and self.training and self.recovery == "invert" and len(self.v) and values_can_be_read(self.v[0]):
+        self._check_layers("merges", merges or {})
+        if (x2 is None) == (input_scale is None):
+            raise ValueError("x2, input_scale: give one of the two, the second stream or what scales the first to make it")
+        x1, second, body_dtype = self._streams(x1, x2, body_dtype)
+        if self.check_v and self.training and recovery == "invert" and len(self.v) and values_can_be_read(self.v[0]):
             name, value = smallest_v(self)
             if not value >= SMALLEST_V:
                 raise ValueError(f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v")
-        return reversible_chain(
-            calls,
-            self._coupling,
-            self._weights(),
-            x1,
-            x2,
-            keep=self.recovery == "keep",
-            preserve_rng_state=self.preserve_rng_state,
-            body_dtype=body_dtype,
-        )
+        run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
+        if recovery != "store" and torch.is_grad_enabled():
+            run = partial(reversible_chain, keep=recovery == "keep", preserve_rng_state=self.preserve_rng_state)
+        options = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
+        y1, y2, merged = run(calls, self._coupling, self._weights(), x1, second, **options)
+        return (y1, y2, merged) if merges else (y1, y2)
 
     def inverse(
         self,
@@ -120,32 +129,51 @@ class ReversibleSequence(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x1, x2) of `forward`, without a graph. Bodies must do what they did there: same mode, same side inputs."""
         calls = self._calls(shared, extras, shared_kw)
-        y1, y2, body_dtype = self._streams(y1, y2, body_dtype)
-        return invert_chain(calls, self._coupling, self._weights(), y1, y2, body_dtype=body_dtype)
+        y1, second, body_dtype = self._streams(y1, y2, body_dtype)
+        assert second is not None
+        return invert_chain(calls, self._coupling, self._weights(), y1, second, body_dtype=body_dtype)
 
     def _calls(
         self, shared: tuple[Any, ...], extras: Mapping[int, tuple[Any, ...]] | None, shared_kw: dict[str, Any]
     ) -> list[Call]:
         extras = extras or {}
-        unknown = sorted(set(extras) - set(range(len(self.bodies))))
-        if unknown:
-            raise ValueError(f"extras: {unknown} are no layers of this chain, which has 0 … {len(self.bodies) - 1}")
+        self._check_layers("extras", extras)
         return [Call(body, (*shared, *extras.get(i, ())), shared_kw) for i, body in enumerate(self.bodies)]
 
+    def _check_layers(self, name: str, by_layer: Mapping[int, Any]) -> None:
+        unknown = sorted(set(by_layer) - set(range(len(self.bodies))))
+        if unknown:
+            raise ValueError(f"{name}: {unknown} are no layers of this chain, which has 0 … {len(self.bodies) - 1}")
+
     def _streams(
-        self, x1: Tensor, x2: Tensor, body_dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor, torch.dtype]:
-        if x1.shape != x2.shape:
+        self, x1: Tensor, x2: Tensor | None, body_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        if x2 is not None and x1.shape != x2.shape:
             raise ValueError(f"x1 is {tuple(x1.shape)} and x2 {tuple(x2.shape)}; the two streams must have one shape")
-        given = torch.promote_types(x1.dtype, x2.dtype)
-        stream = torch.promote_types(given, self.stream_dtype)
-        return x1.to(stream), x2.to(stream), body_dtype or torch.promote_types(given, torch.float32)
+        given = x1.dtype if x2 is None else torch.promote_types(x1.dtype, x2.dtype)
+        wanted = self.stream_dtype
+        if wanted is None:
+            wanted = torch.float32 if torch.is_autocast_enabled(x1.device.type) else torch.float64
+        stream = torch.promote_types(given, wanted)
+        return x1.to(stream), None if x2 is None else x2.to(stream), body_dtype or torch.promote_types(given, torch.float32)
 
     def _weights(self) -> list[Tensor | None]:
         return list(self.v) if self._coupling.weighted else [None] * len(self.bodies)
 
     def extra_repr(self) -> str:
         return f"coupling={self.coupling}, stream_dtype={self.stream_dtype}, recovery={self.recovery}"
+
+
+class ChainEnd(NamedTuple):
+    """The last streams of a chain and m, for y1 + m·y2 to be made where it is used: then it need not be stored itself."""
+
+    y1: Tensor
+    y2: Tensor
+    merge_scale: Tensor
+
+    def merged(self, dtype: torch.dtype) -> Tensor:
+        """y1 + m·y2."""
+        return torch.addcmul(self.y1, self.y2, self.merge_scale.to(self.y1.dtype)).to(dtype)
 
 
 class WiredSequence(nn.Module):
@@ -161,15 +189,14 @@ class WiredSequence(nn.Module):
         self.input_scale = nn.Parameter(torch.ones(1))
         self.merge_scale = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, x: Tensor, *shared: Any, extras: Mapping[int, tuple[Any, ...]] | None = None, **shared_kw: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, *shared: Any, **options: Any) -> Tensor:
         """(B, …) → the same shape and dtype (float32 for half). Side inputs as in `ReversibleSequence.forward`."""
-        body_dtype = torch.promote_types(x.dtype, torch.float32)
-        stream = torch.promote_types(x.dtype, self.chain.stream_dtype)
-        x1, x2 = x.to(stream), (self.input_scale * x).to(stream)
-        y1, y2 = self.chain(x1, x2, *shared, extras=extras, body_dtype=body_dtype, **shared_kw)
-        return (y1 + self.merge_scale * y2).to(body_dtype)
+        return self.unmerged(x, *shared, **options).merged(torch.promote_types(x.dtype, torch.float32))
+
+    def unmerged(self, x: Tensor, *shared: Any, **options: Any) -> ChainEnd:
+        """`forward` up to the last step, for one who merges later."""
+        y1, y2 = self.chain(x, None, *shared, input_scale=self.input_scale, **options)
+        return ChainEnd(y1, y2, self.merge_scale)
 
 
 def values_can_be_read(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from idm_fast.memory.schedule import SCHEDULES, keep_for
 from idm_fast.outputs import InputError, reason
 
 SIDE_MULTIPLE = 4
@@ -58,8 +59,13 @@ class TrainingConfig:
     )
     step_number: int = _flag("model", "number of sampling steps T", type=int, default=3)
     schedule: str = _flag(
-        "model", "what backward keeps: store (plain autograd) or two_level (invert and recompute: little memory)",
-        default="two_level", choices=("store", "two_level"),
+        "model", "what backward keeps: store (plain autograd), flat (layers are inverted: a ninth of the memory) or two_level "
+        "(steps are run again besides: half of that)",
+        default="two_level", choices=SCHEDULES,
+    )
+    keep: tuple[str, ...] | None = _flag(
+        "model", "what flat and two_level store besides: attention (its outputs; fewer FLOP), steps (two_level; the default)",
+        default=None, nargs="*",
     )
 
     cs_ratio: tuple[float, ...] = _flag(
@@ -144,6 +150,7 @@ class TrainingConfig:
                 self._refuse(setting.name, f"one of {', '.join(choices)}")
         self._check_numbers()
         self._check_crops()
+        self._check_schedule()
         self._check_folders()
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             self._refuse("report_to", "an installed tensorboard; pip install tensorboard, or leave the flag out")
@@ -171,6 +178,12 @@ class TrainingConfig:
         for ratio in self.cs_ratio:
             if not 0 < ratio <= 1:
                 raise InputError(f"--cs_ratio is {ratio}; expected a ratio in (0, 1], e.g. 0.1 for 10 %")
+
+    def _check_schedule(self) -> None:
+        try:
+            keep_for(self.schedule, self.keep)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
 
     def _check_crops(self) -> None:
         multiple = math.lcm(self.block_size, SIDE_MULTIPLE)

@@ -34,7 +34,7 @@ def initial_model(config: TrainingConfig, checkpoint: Checkpoint | None) -> IDM:
             f"--step_number is {config.step_number}, but the weights are for {steps} steps; "
             f"pass --step_number {steps}"
         )
-    model.schedule = config.schedule
+    model.set_schedule(config.schedule, config.keep)
     model.register_to_config(
         trained_ratios=sorted(set(config.cs_ratio)), block_size=config.block_size, sensing_seed=config.seed
     )

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from idm_fast import IDM, BlockCompressedSensing
+from idm_fast.memory.schedule import ChainSchedule
 from idm_fast.models.convert import published_names
 
 SMALL = {"widths": (16, 32), "heads": 2, "norm_groups": 4, "attention": (True, True)}
@@ -220,13 +221,13 @@ def test_blocks_compute_what_diffusers_blocks_compute(stable_diffusion: Path) ->
     h = torch.randn(2, 16, 8, 8)
     resnet = unet.down_blocks[0].resnets[0]
     resnet.time_emb_proj = None
-    chain = model.unet.down_blocks[0].chains[0]
+    chain = model.unet.down_blocks[0].chain
     torch.testing.assert_close(chain.bodies[0](h), resnet(h, None))
     attention = unet.down_blocks[0].attentions[0]
     for block in attention.transformer_blocks:
         block.attn2 = block.norm2 = None
     own = chain.bodies[2]
-    torch.testing.assert_close(own(h), attention(h, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own(h, ChainSchedule()), attention(h, return_dict=False)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_folder_without_a_unet_is_an_error(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_alpha_outside_0_and_1_is_an_error_in_training(value: float) -> None:
         model(physics.A(torch.rand(1, 1, 32, 32)), physics)
 
 
-@pytest.mark.parametrize("name", ["v.1", "unet.up_blocks.0.chain.chain.v.4", "unet.down_blocks.1.chains.0.v.0"])
+@pytest.mark.parametrize("name", ["v.1", "unet.up_blocks.0.chain.chain.v.4", "unet.down_blocks.1.chain.v.0"])
 @pytest.mark.parametrize("value", [0.0, 1e-5, float("nan")])
 def test_v_at_0_is_an_error_in_training_that_names_it(name: str, value: float) -> None:
     model = small()

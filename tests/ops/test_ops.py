@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idm_fast import ops
+from idm_fast.memory.count import count_step
 from idm_fast.ops import registry
 from idm_fast.ops.coupling import couple_op, decouple_op
+from idm_fast.ops.feed_forward import chunked_feed_forward
 from idm_fast.ops.geglu import geglu_op
 from idm_fast.ops.group_norm import group_norm_silu_op
 from idm_fast.ops.injector import inject_read_op, inject_write_op
+from idm_fast.ops.layer_norm import layer_norm_op
 from idm_fast.ops.projection import adjoint_op, gram_op, measure_op, project_step_op
 
 B, H, W, N, q = 2, 6, 8, 16, 5
@@ -62,6 +65,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "group_norm_silu": (lambda *a: group_norm_silu_op(*a)[0], (*norm, True, torch.float64)),
         "inject_read": (inject_read_op, (h, read, draw(1), 2)),
         "inject_write": (inject_write_op, (h, x, image, draw(B, 1, H, W, seed=5), write, draw(2), 2)),
+        "layer_norm": (lambda *a: layer_norm_op(*a)[0], (draw(2, 3, 6), draw(6), draw(6, seed=1), 1e-5, torch.float64)),
         "measure": (measure_op, (x, matrix, permutation)),
         "adjoint": (adjoint_op, (y, matrix, permutation, H, W)),
         "gram": (gram_op, (x, matrix, permutation)),
@@ -76,10 +80,14 @@ def backward_cases() -> dict[str, tuple]:
     return {
         "couple_backward": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
         "uncouple": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
+        "uncouple_": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
         "geglu_backward": (draw(3, 5), draw(3, 10)),
         "group_norm_silu_backward": (draw(2, 6, 5, 3, seed=4), x_norm, draw(6), draw(6, seed=1), *statistics, 3, True),
         "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2),
         "inject_write_backward": (h, x, x, x, draw(2, 3, 1, 1), 2),
+        "layer_norm_backward": (
+            draw(2, 3, 6, seed=4), draw(2, 3, 6), draw(6), draw(6, seed=1), draw(2, 3, 1), draw(2, 3, 1, seed=1)
+        ),
         "project_step_backward": (x, x, x, y, matrix, permutation, scalar(0.3), scalar(0.7)),
     }
 
@@ -130,6 +138,53 @@ def test_uncouple_is_the_inverse_and_the_gradient_of_couple(body_dtype: torch.dt
     for value, expected in zip(found, (x2, dF, dx2, dv), strict=True):
         assert value.dtype == expected.dtype
         torch.testing.assert_close(value, expected.detach())
+
+
+def test_uncouple_in_place_writes_what_uncouple_returns() -> None:
+    y1, body, d1, v = (t.detach() for t in (draw(4, 7), draw(4, 7, seed=1), draw(4, 7, seed=2), scalar(0.3)))
+    x2, *gradients = ops.uncouple(y1, body, d1, v)
+    found = registry.OPS["uncouple_"].overload(y1, body, d1, v)
+    torch.testing.assert_close((y1, *found), (x2, *gradients), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 100])
+def test_chunked_feed_forward_is_the_whole_one_forward_and_backward(rows: int) -> None:
+    tensors = draw(2, 3, 4), draw(16, 4), draw(16), draw(5, 8), draw(5)
+
+    def whole(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        value, gate = F.linear(x, w1, b1).chunk(2, -1)
+        return F.linear(value * F.gelu(gate), w2, b2)
+
+    found, expected = chunked_feed_forward(*tensors, rows), whole(*tensors)
+    torch.testing.assert_close(found, expected)
+    d = draw(2, 3, 5, seed=9).detach()
+    for a, b in zip(torch.autograd.grad(found, tensors, d), torch.autograd.grad(expected, tensors, d), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_chunked_feed_forward_never_holds_its_hidden_layer() -> None:
+    shapes = (64, 8), (64, 8), (64,), (8, 32), (8,)
+    x, w1, b1, w2, b2 = (draw(*shape, dtype=torch.float32).detach().requires_grad_() for shape in shapes)
+    peaks = {}
+    for rows in (64, 8):
+        weights = [w1, b1, w2, b2]
+        for t in (x, *weights):
+            t.grad = None
+        step = count_step(lambda rows=rows: chunked_feed_forward(x, w1, b1, w2, b2, rows).sum(), [x, *weights])
+        peaks[rows] = step.peak_bytes
+    whole = 64 * 64 * 4
+    assert peaks[64] >= 2 * whole  # value, gate and their gradients
+    assert 4 * peaks[8] <= peaks[64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_norm_is_as_exact_as_eager_and_gives_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    x, weight, bias = draw(5, 33, dtype=dtype).detach() + 3, draw(33).detach(), draw(33, seed=1).detach()
+    found = ops.layer_norm(x, weight.float(), bias.float(), dtype=dtype)
+    eager = F.layer_norm(x.float(), (33,), weight.float(), bias.float()).to(dtype)
+    exact = F.layer_norm(x.double(), (33,), weight, bias)
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max()
 
 
 def test_measure_adjoint_and_gram_are_the_dense_operator() -> None:
@@ -229,6 +284,8 @@ def test_ops_keep_their_precision_under_autocast() -> None:
         (lambda m, p: ops.couple(torch.zeros(3), torch.zeros(3), torch.ones(2)), "one element"),
         (lambda m, p: ops.geglu(torch.zeros(2, 3)), "even"),
         (lambda m, p: ops.group_norm_silu(torch.zeros(1, 6, 2), torch.ones(6), torch.ones(6), 4), "does not divide"),
+        (lambda m, p: ops.layer_norm(torch.zeros(1, 6), torch.ones(5), torch.ones(5)), "the last dimension of x"),
+        (lambda m, p: chunked_feed_forward(*[torch.zeros(2, 2)] * 5, 0), "rows: 0"),
         (lambda m, p: ops.inject_read(torch.zeros(1, 7, 2, 2), torch.ones(1, 2, 1, 1), torch.ones(1), 2), "h is"),
     ],
 )

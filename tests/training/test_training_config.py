@@ -86,7 +86,7 @@ def test_good_settings_pass_and_leave_nothing_on_the_disk(settings, tmp_path):
         ("seed", -1, "0 to"),
         ("seed", 2**32, "0 to"),
         ("model", "huge", "sd15, tiny"),
-        ("schedule", "fast", "store, two_level"),
+        ("schedule", "fast", "store, flat, two_level"),
         ("mixed_precision", "fp8", "no, bf16, fp16"),
         ("lr_scheduler", "linear", "step, cosine"),
         ("report_to", "wandb", "none, tensorboard"),

@@ -1,0 +1,89 @@
+"""LayerNorm over the last dimension: statistics in float32 (float64 for float64 input), the output in the dtype asked for.
+
+Under autocast PyTorch makes a float32 copy of a half-precision input, keeps it, and writes a float32 output that the next layer
+converts; here only x, the mean and the reciprocal deviation are kept, and the output is what the next layer wants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.ops.group_norm import statistics_dtype
+from idm_fast.ops.registry import define_op, register_gradient
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = statistics_dtype(x.dtype)
+    out, mean, rstd = torch.native_layer_norm(x.to(exact), weight.shape, weight.to(exact), bias.to(exact), eps)
+    return out.to(dtype), mean, rstd
+
+
+def layer_norm_backward_reference(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = statistics_dtype(x.dtype)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dout.to(exact), x.to(exact), weight.shape, mean, rstd, weight.to(exact), bias.to(exact), [True, True, True]
+    )
+    return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
+
+
+def _fake(x, weight, bias, eps, dtype):
+    statistics = x.new_empty(*x.shape[:-1], 1, dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+
+
+layer_norm_op = define_op(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    layer_norm_reference,
+    _fake,
+)
+layer_norm_backward_op = define_op(
+    "layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd)"
+    " -> (Tensor, Tensor, Tensor)",
+    layer_norm_backward_reference,
+    lambda dout, x, weight, bias, mean, rstd: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+    ),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _gradient(ctx, dout: Tensor | None, dmean: Tensor | None, drstd: Tensor | None):
+    # mean and rstd are internal: the public function returns neither, so they have no gradient.
+    if dout is None:
+        return (None,) * 5
+    return *layer_norm_backward_op(dout, *ctx.saved_tensors), None, None
+
+
+register_gradient("layer_norm", _gradient, _setup)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
+    """(x − mean)/√(variance + eps)·weight + bias over the last dimension.
+
+    Args:
+        x: (…, C), any floating dtype.
+        weight, bias: (C,).
+        eps: added to the variance.
+        dtype: of the output; x's own when None. Under autocast the caller asks for the dtype that the next layer wants.
+
+    Raises:
+        ValueError: weight and bias are not (C,).
+    """
+    C = x.shape[-1]
+    if weight.shape != (C,) or bias.shape != (C,):
+        found = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
+        raise ValueError(f"{found} must both be ({C},), the last dimension of x")
+    return layer_norm_op(x, weight, bias, eps, dtype or x.dtype)[0]

@@ -1,0 +1,253 @@
+"""A part of a network that backward runs again: what its first run drops, its second run refills.
+
+`Segment.run` records the part with autograd as usual, but every tensor that autograd wants kept is dropped: a holder stands
+in the graph for it. `Segment.replay` runs the part once more from the same inputs, and each tensor that is saved again
+refills its holder. The graph that is differentiated is that of the first run, so hooks, shared weights and side inputs
+behave as in plain autograd.
+
+`recompute` is one such part by itself; a reversible chain (`backprop.py`) has one a layer; `kept` exempts a result inside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from idm_fast.reversible.replay import ReplayContext
+
+Result = TypeVar("Result")
+
+_keeper: ContextVar[Callable[..., Any] | None] = ContextVar("what `kept` does in the segment that is being run", default=None)
+
+
+def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
+    """function(*inputs), its results stored by the reversible layer around it instead of being computed again in backward.
+
+    For what is dear to compute and small to keep, such as attention; the inputs are recomputed as ever. Outside of a
+    reversible layer and of `recompute` this is function(*inputs).
+
+    Args:
+        function: returns a tensor, or a tuple of them. It must reach nothing that carries a graph besides its inputs.
+        inputs: tensors.
+    """
+    keeper = _keeper.get()
+    return function(*inputs) if keeper is None else cast(Result, keeper(function, inputs))
+
+
+def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = True, **kwargs: Any) -> Tensor:
+    """function(*args, **kwargs); backward runs it again instead of having stored what is inside.
+
+    torch.utils.checkpoint without reentrance, which also puts back the choice of implementation and honours `kept`.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    device = next((a.device for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)), torch.device("cpu"))
+    segment = Segment(function, function, args, kwargs, preserve_rng_state, device)
+    result = segment.run()
+    return cast(Tensor, _Recompute.apply(segment, result))
+
+
+class _Recompute(torch.autograd.Function):
+    """Identity on a segment's result. Stores the segment's inputs, and runs it again when backward arrives."""
+
+    @staticmethod
+    def forward(ctx, segment: Segment, result: Tensor) -> Tensor:
+        ctx.segment, ctx.positions = segment, list(segment.tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*segment.tensors.values(), *segment.stored)
+        segment.release()
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, d: Tensor):
+        saved = ctx.saved_tensors
+        inputs = dict(zip(ctx.positions, saved, strict=False))
+        ctx.segment.replay(inputs, saved[len(inputs) :], result_wanted=False)
+        return None, d
+
+
+class _Holder:
+    """Stands in the graph for a tensor that was dropped."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True)
+class _KeptCall:
+    """One use of `kept`: where its graph finds the tensors that it wants, and what it returned."""
+
+    sources: list[tuple[bool, int, tuple[Any, ...]]]
+    """(whether an input, number of the input or of a stored tensor, its sizes, strides and offset)."""
+    results: list[tuple[int, bool]]
+    """(number of a stored tensor, requires_grad)."""
+    spec: TreeSpec
+
+
+class _Filled(Exception):
+    """Every holder is filled; the rest of the replay would be for nothing."""
+
+
+class Segment:
+    """function(*args, **kwargs), from its run to its replay.
+
+    Args:
+        function: what is run. module: whose norm buffers a replay must not move, and whose name errors give.
+        preserve_rng_state: put the generators back on replay.
+        device: whose generators and autocast are put back.
+        index: of the layer, for errors.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        module: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        preserve_rng_state: bool,
+        device: torch.device,
+        index: int | None = None,
+    ) -> None:
+        self._function, self._module = function, module
+        kind = "recomputed part" if index is None else f"body {index}"
+        self.name = f"{kind} ({getattr(module, '__qualname__', type(module).__name__)})"
+        leaves, self._spec = tree_flatten((args, kwargs))
+        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors = {position: leaf for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        """The tensors among args and kwargs, until `release`."""
+        self._needs_grad = {position: leaf.requires_grad for position, leaf in self.tensors.items()}
+        self._capture = lambda: ReplayContext.capture(device, preserve_rng_state)
+        self._context: ReplayContext
+        self._holders: list[weakref.ref[_Holder]] = []
+        self._refilled: weakref.WeakKeyDictionary[_Holder, tuple[Tensor, int]] = weakref.WeakKeyDictionary()
+        self._kept_calls: list[_KeptCall] = []
+        self.stored: list[Tensor] = []
+        """What `kept` asks to store; the owner saves it and gives it back to `replay`."""
+        self._stored_versions: list[int] = []
+
+    def release(self) -> None:
+        """The owner has saved `tensors` and `stored`."""
+        self.tensors, self.stored = {}, []
+
+    def run(self) -> Tensor:
+        """The result, recorded, with everything that autograd would store dropped."""
+        self._context = self._capture()
+        token = _keeper.set(self._keep)
+        try:
+            with saved_tensors_hooks(self._drop, self._restore):
+                result = self._call(self.tensors)
+        finally:
+            _keeper.reset(token)
+        if [tensor._version for tensor in self.stored] != self._stored_versions:
+            raise RuntimeError(f"{self.name} changed in place what `kept` returned; use the operation that is not in place")
+        return result
+
+    def replay(self, tensors: dict[int, Tensor], stored: Sequence[Tensor], result_wanted: bool = True) -> Tensor:
+        """The result again, without a graph; refills what `run` dropped. Without `result_wanted` it stops when that is done."""
+        position, calls = 0, iter(self._kept_calls)
+        different = RuntimeError(
+            f"{self.name} kept {len(self._holders)} tensors in forward and not as many when it was run again; it must do the "
+            "same twice, with the same requires_grad on its parameters"
+        )
+
+        def refill(tensor: Tensor) -> None:
+            nonlocal position
+            if position == len(self._holders):
+                raise different
+            holder = self._holders[position]()
+            if holder is not None:
+                self._refilled[holder] = tensor.detach(), tensor._version
+            position += 1
+            if position == len(self._holders) and not result_wanted:
+                raise _Filled
+
+        def keep(_: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+            call = next(calls, None)
+            if call is None:
+                raise different
+            results = [stored[number].detach().requires_grad_(needs_grad) for number, needs_grad in call.results]
+            for is_input, number, geometry in call.sources:
+                refill(inputs[number].as_strided(*geometry) if is_input else stored[number])
+            return tree_unflatten(results, call.spec)
+
+        leaves = {p: t.detach().requires_grad_(self._needs_grad[p]) for p, t in tensors.items()}
+        token = _keeper.set(keep)
+        try:
+            with self._context.put_back(self._module), torch.enable_grad(), saved_tensors_hooks(refill, _never):
+                result = self._call(leaves).detach() if self._holders or result_wanted else torch.empty(0)
+        except _Filled:
+            return torch.empty(0)
+        finally:
+            _keeper.reset(token)
+        if position != len(self._holders):
+            raise different
+        return result
+
+    def rerun(self, tensors: dict[int, Tensor]) -> Tensor:
+        """The result again without a graph, for an inversion that takes no part in a backward pass."""
+        with self._context.put_back(self._module), torch.no_grad():
+            return self._call(tensors)
+
+    def _call(self, tensors: dict[int, Tensor]) -> Tensor:
+        leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return self._function(*args, **kwargs)
+
+    def _drop(self, tensor: Tensor) -> _Holder:
+        holder = _Holder()
+        self._holders.append(weakref.ref(holder))
+        return holder
+
+    def _restore(self, holder: _Holder) -> Tensor:
+        if holder not in self._refilled:
+            raise RuntimeError(
+                f"backward entered {self.name} before its result; a part that is run again may pass tensors to the loss "
+                "through its return value only"
+            )
+        tensor, version = self._refilled[holder]
+        if tensor._version != version:
+            raise RuntimeError(f"{self.name} changed in place a tensor that its backward needs, as plain autograd would say")
+        return tensor
+
+    def _keep(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """`kept` in the first run: what the function saves and returns is an input or is stored."""
+        sources: list[tuple[bool, int, tuple[Any, ...]]] = []
+        numbers = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(inputs)}
+
+        def drop(tensor: Tensor) -> _Holder:
+            number = numbers.get(tensor.untyped_storage()._cdata)
+            geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
+            sources.append((number is not None, self._store(tensor) if number is None else number, geometry))
+            return self._drop(tensor)
+
+        token = _keeper.set(None)
+        try:
+            with saved_tensors_hooks(drop, self._restore):
+                results, spec = tree_flatten(function(*inputs))
+        finally:
+            _keeper.reset(token)
+        returned = [(self._store(result), result.requires_grad) for result in results]
+        self._kept_calls.append(_KeptCall(sources, returned, spec))
+        return tree_unflatten(results, spec)
+
+    def _store(self, tensor: Tensor) -> int:
+        def place(t: Tensor) -> tuple[Any, ...]:
+            return t.untyped_storage()._cdata, t.size(), t.stride(), t.storage_offset(), t.dtype
+
+        for number, stored in enumerate(self.stored):
+            if place(stored) == place(tensor):
+                return number
+        self.stored.append(tensor.detach())
+        self._stored_versions.append(tensor._version)
+        return len(self.stored) - 1
+
+
+def _never(packed: object) -> Tensor:
+    raise RuntimeError("the graph of a replay is thrown away and never differentiated")
