@@ -2,5 +2,6 @@
 
 from idm_fast.reversible.coupling import AdditiveCoupling, ConvexCoupling
 from idm_fast.reversible.sequence import ReversibleSequence, WiredSequence
+from idm_fast.reversible.streams import ExactOutputs
 
-__all__ = ["AdditiveCoupling", "ConvexCoupling", "ReversibleSequence", "WiredSequence"]
+__all__ = ["AdditiveCoupling", "ConvexCoupling", "ExactOutputs", "ReversibleSequence", "WiredSequence"]

@@ -26,7 +26,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from idm_fast.reversible.coupling import Coupling
+from idm_fast.reversible.drift import Drift
 from idm_fast.reversible.replay import ReplayContext
+from idm_fast.reversible.streams import FixedStreams, Streams, as_streams
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,17 @@ def _never(packed: object) -> Tensor:
 
 
 class _Chain:
-    """What the layers of one forward pass share: the coupling, and in backward the recovered streams and side inputs."""
+    """What the layers of one forward pass share: the kind of streams, and in backward the recovered ones and side inputs."""
 
-    def __init__(self, coupling: Coupling, layers: list[_Layer], weights: Sequence[Tensor | None]) -> None:
-        self.coupling = coupling
+    def __init__(
+        self, kind: Streams, layers: list[_Layer], weights: Sequence[Tensor | None], drift: Drift | None
+    ) -> None:
+        self.kind = kind
+        self._drift = drift
         self.layers = layers
         self._weights = [None if v is None else v.detach() for v in weights]
         self.streams: dict[int, tuple[Tensor, Tensor]] = {}
-        """(y1, y2) by layer, present between their recovery and their use."""
+        """(y1, y2) by layer as `kind` keeps them, present between their recovery and their use."""
         self._side: list[Tensor | None] = []
         self.side_inputs: list[Tensor] = []
         """Every tensor among the side inputs, once; emptied when `_End` has stored them."""
@@ -163,8 +168,8 @@ class _Chain:
                 where[position] = slot
             self._where.append(where)
 
-    def begin_backward(self, y1: Tensor, y2: Tensor, side: Sequence[Tensor]) -> None:
-        self.streams[len(self.layers) - 1] = (y1, y2)
+    def begin_backward(self, stored: Sequence[Tensor], side: Sequence[Tensor]) -> None:
+        self.streams[len(self.layers) - 1] = self.kind.begin_backward(stored)
         self._side = list(side)
 
     def take_streams(self, index: int) -> tuple[Tensor, Tensor]:
@@ -175,9 +180,16 @@ class _Chain:
                 raise RuntimeError("this reversible chain was differentiated already; pass retain_graph=True to do so twice")
             for i in range(start, index, -1):
                 y1, x1 = self.streams[i]
-                F = self.layers[i].rerun(x1, self.side(i))
-                self.streams[i - 1] = (x1, self.coupling.inverse(y1, F, self._weights[i]))
+                F = self.layers[i].rerun(self.kind.value(x1), self.side(i))
+                self.put_streams(i, x1, self.kind.inverse(i, y1, F, self._weights[i]))
         return self.streams.pop(index)
+
+    def put_streams(self, index: int, x1: Tensor, x2: Tensor) -> None:
+        """Recovered input streams of layer `index`, which are the outputs of the layer before."""
+        if self._drift is not None:
+            self._drift.compare(index, self.kind.value(x2))
+        if index > 0:
+            self.streams[index - 1] = (x1, x2)
 
     def side(self, index: int) -> dict[int, Tensor]:
         tensors = {position: self._side[slot] for position, slot in self._where[index].items()}
@@ -198,7 +210,7 @@ class _Couple(torch.autograd.Function):
         ctx.chain, ctx.index, ctx.keep = chain, index, keep
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, *((x1, x2) if keep else ()))
-        return chain.coupling.forward(F, x2, v)
+        return chain.kind.couple(F, x2, v)
 
     @staticmethod
     def backward(ctx, d1: Tensor):
@@ -211,43 +223,44 @@ class _Couple(torch.autograd.Function):
         v, *kept = ctx.saved_tensors
         y1, x1 = (None, kept[0]) if ctx.keep else chain.take_streams(index)
         # Even where no gradient arrives (d1 is None: only y2 was used), autograd enters the body's nodes and asks for tensors.
-        F = layer.replay(x1, chain.side(index))
+        F = layer.replay(x1 if ctx.keep else chain.kind.value(x1), chain.side(index))
         dF = dx2 = dv = None
         if ctx.keep:
             if d1 is not None:
-                dF, dx2, dv = chain.coupling.backward(d1, F, kept[1], v)
+                dF, dx2, dv = chain.kind.backward(d1, F, kept[1], v)
         else:
             if d1 is None:
-                x2 = chain.coupling.inverse(y1, F, v)
+                x2 = chain.kind.inverse(index, y1, F, v)
             else:
-                x2, dF, dx2, dv = chain.coupling.uncouple(y1, F, d1, v)
-            if index > 0:
-                chain.streams[index - 1] = (x1, x2)
+                x2, dF, dx2, dv = chain.kind.uncouple(index, y1, F, d1, v)
+            chain.put_streams(index, x1, x2)
         chain.release_side(index)
         return None, None, None, dF, None, dx2, dv
 
 
 class _End(torch.autograd.Function):
-    """Identity on the last streams. Stores them and the side inputs, and hands them to the chain when backward begins."""
+    """Identity on the last streams. Stores what recovers the others and the side inputs; backward hands them to the chain."""
 
     @staticmethod
     def forward(ctx, chain: _Chain, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         ctx.chain = chain
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y1, y2, *chain.side_inputs)
+        stored = chain.kind.end(y1, y2)
+        ctx.stored = len(stored)
+        ctx.save_for_backward(*stored, *chain.side_inputs)
         chain.side_inputs = []
         return y1.view_as(y1), y2.view_as(y2)
 
     @staticmethod
     def backward(ctx, d1: Tensor, d2: Tensor):
-        y1, y2, *side = ctx.saved_tensors
-        ctx.chain.begin_backward(y1, y2, side)
+        saved = ctx.saved_tensors
+        ctx.chain.begin_backward(saved[: ctx.stored], saved[ctx.stored :])
         return None, d1, d2
 
 
 def reversible_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     x1: Tensor,
     x2: Tensor,
@@ -255,16 +268,19 @@ def reversible_chain(
     keep: bool = False,
     preserve_rng_state: bool = True,
     body_dtype: torch.dtype,
+    drift: Drift | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the chain; its backward recomputes the bodies.
 
     Args:
         calls: the bodies with their side inputs.
+        coupling: of the streams; `FixedStreams`, a new object for every call, makes one of fixed-point streams.
         weights: v of each layer, one element, or None for a coupling without one.
         x1, x2: streams, float32 or float64, one shape.
         keep: store each layer's input streams instead of recovering them by inversion. No drift, two tensors a layer.
         preserve_rng_state: put the generators back on replay; False saves time when no body draws random numbers.
         body_dtype: what a body is given x1 in.
+        drift: is shown the streams before each layer, and in backward the recovered ones.
 
     Returns:
         y1, y2 of the last layer.
@@ -274,16 +290,19 @@ def reversible_chain(
             tensor from inside a body reached the loss past its return value.
     """
     layers = [_Layer(i, call, preserve_rng_state, body_dtype, x1.device) for i, call in enumerate(calls)]
-    chain = _Chain(coupling, layers, weights)
+    chain = _Chain(as_streams(coupling), layers, weights, drift)
+    x1, x2 = chain.kind.begin(x1, x2)
     for layer, v in zip(layers, weights, strict=True):
         F = layer.run(x1)
+        if drift is not None:
+            drift.keep(x2)
         x1, x2 = _Couple.apply(chain, layer.index, keep, F, x1, x2, v), x1
     return _End.apply(chain, x1, x2)
 
 
 def plain_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     x1: Tensor,
     x2: Tensor,
@@ -291,24 +310,28 @@ def plain_chain(
     body_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The same function under plain autograd, which stores what it likes."""
+    streams = as_streams(coupling)
+    x1, x2 = streams.begin(x1, x2)
     for call, v in zip(calls, weights, strict=True):
         F = call.body(x1.to(body_dtype), *call.args, **call.kwargs)
-        x1, x2 = coupling.forward(F, x2, v), x1
+        x1, x2 = streams.couple(F, x2, v), x1
     return x1, x2
 
 
 @torch.no_grad()
 def invert_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     y1: Tensor,
     y2: Tensor,
     *,
     body_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(x1, x2) from (y1, y2), without a graph."""
-    for call, v in zip(reversed(calls), reversed(weights), strict=True):
-        F = call.body(y2.to(body_dtype), *call.args, **call.kwargs)
-        y1, y2 = y2, coupling.inverse(y1, F, v)
+    """(x1, x2) from (y1, y2), all in the form that the streams are kept in, without a graph."""
+    streams = as_streams(coupling)
+    for index in reversed(range(len(calls))):
+        call = calls[index]
+        F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
+        y1, y2 = y2, streams.inverse(index, y1, F, weights[index])
     return y1, y2
