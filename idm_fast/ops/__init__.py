@@ -1,7 +1,9 @@
 """The operators `idm_fast::…`: schema, fake kernel, gradient, reference, and the choice of implementation. See DESIGN §3."""
 
+from idm_fast.ops.bits import pack_bits, unpack_bits
 from idm_fast.ops.coupling import couple, decouple, uncouple
 from idm_fast.ops.feed_forward import chunked_feed_forward
+from idm_fast.ops.fixed_point import fixed_add, fixed_couple, fixed_decouple, fixed_uncouple, from_fixed, to_fixed
 from idm_fast.ops.geglu import geglu
 from idm_fast.ops.group_norm import group_norm_silu
 from idm_fast.ops.injector import inject_read, inject_write
@@ -16,6 +18,11 @@ __all__ = [
     "chunked_feed_forward",
     "couple",
     "decouple",
+    "fixed_add",
+    "fixed_couple",
+    "fixed_decouple",
+    "fixed_uncouple",
+    "from_fixed",
     "geglu",
     "gram",
     "group_norm_silu",
@@ -23,8 +30,11 @@ __all__ = [
     "inject_write",
     "layer_norm",
     "measure",
+    "pack_bits",
     "project_step",
     "report",
+    "to_fixed",
     "uncouple",
+    "unpack_bits",
     "use",
 ]

@@ -3,5 +3,15 @@
 from idm_fast.reversible.coupling import AdditiveCoupling, ConvexCoupling
 from idm_fast.reversible.segment import kept, recompute
 from idm_fast.reversible.sequence import ChainEnd, ReversibleSequence, WiredSequence
+from idm_fast.reversible.streams import ExactOutputs
 
-__all__ = ["AdditiveCoupling", "ChainEnd", "ConvexCoupling", "ReversibleSequence", "WiredSequence", "kept", "recompute"]
+__all__ = [
+    "AdditiveCoupling",
+    "ChainEnd",
+    "ConvexCoupling",
+    "ExactOutputs",
+    "ReversibleSequence",
+    "WiredSequence",
+    "kept",
+    "recompute",
+]

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from idm_fast.reversible.coupling import Coupling
+from idm_fast.reversible.drift import Drift
 from idm_fast.reversible.segment import Segment
+from idm_fast.reversible.streams import FixedStreams, Streams, as_streams
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,16 @@ class _Body:
 
 
 class _Chain:
-    """What the layers of one forward pass share: the coupling, and in backward the recovered streams and side inputs."""
+    """What the layers of one forward pass share: the kind of streams, and in backward the recovered ones and side inputs."""
 
-    def __init__(self, coupling: Coupling, layers: list[Segment], weights: Sequence[Tensor | None]) -> None:
-        self.coupling = coupling
+    def __init__(self, kind: Streams, layers: list[Segment], drift: Drift | None) -> None:
+        self.kind = kind
+        self._drift = drift
         self.layers = layers
         self.starts_scaled = False
         """Whether `_Start` wants the first layer's input."""
-        self._weights = [None if v is None else v.detach() for v in weights]
         self._streams: dict[int, tuple[Tensor, Tensor]] = {}
-        """(y1, y2) by layer, present between their recovery and their use."""
+        """(y1, y2) by layer as `kind` keeps them, present between their recovery and their use."""
         self._saved: list[Tensor | None] = []
         """Side inputs and what `kept` stores, by slot."""
         self._side_slots: list[dict[int, int]] = []
@@ -97,40 +99,33 @@ class _Chain:
             layer.release()
         return saved
 
-    def begin_backward(self, y1: Tensor, y2: Tensor, saved: Sequence[Tensor]) -> None:
-        self._streams[len(self.layers) - 1] = (y1, y2)
+    def begin_backward(self, stored: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        self._streams[len(self.layers) - 1] = self.kind.begin_backward(stored)
         self._saved = list(saved)
 
     def output_streams(self, index: int) -> tuple[Tensor, Tensor]:
-        """(y1, y2) of layer `index`; layers above that this backward pass has not reached are inverted on the way."""
+        """(y1, y2) of layer `index`, as `kind` keeps them. Autograd comes to every layer, from the last to the first."""
         if index not in self._streams:
-            start = min((i for i in self._streams if i > index), default=None)
-            if start is None:
-                raise RuntimeError("this reversible chain was differentiated already; pass retain_graph=True to do so twice")
-            y1, x1 = self._streams[start]
-            for i in range(start, index, -1):
-                F = self.layers[i].rerun({0: x1} | self._side(i))
-                y1, x1 = x1, self.coupling.inverse(y1, F, self._weights[i])
-            self._streams[index] = (y1, x1)
+            raise RuntimeError("this reversible chain was differentiated already; pass retain_graph=True to do so twice")
         return self._streams[index]
 
     def replay(self, index: int, x1: Tensor) -> Tensor:
         """F of layer `index`."""
+        side = {position: self._saved[slot] for position, slot in self._side_slots[index].items()}
+        inputs = {0: x1} | {position: tensor for position, tensor in side.items() if tensor is not None}
         stored = [tensor for slot in self._stored_slots[index] if (tensor := self._saved[slot]) is not None]
-        return self.layers[index].replay({0: x1} | self._side(index), stored)
+        return self.layers[index].replay(inputs, stored)
 
     def leave(self, index: int, recovered: tuple[Tensor, Tensor] | None) -> None:
         """Layer `index` is done: its inputs are the output of the layer below, and what it alone reads may go."""
         self._streams.pop(index, None)
+        if recovered is not None and self._drift is not None:
+            self._drift.compare(index, self.kind.value(recovered[1]))
         if recovered is not None and (index > 0 or self.starts_scaled):
             self._streams[index - 1] = recovered
         for slot, first_reader in self._first_reader.items():
             if first_reader == index:
                 self._saved[slot] = None
-
-    def _side(self, index: int) -> dict[int, Tensor]:
-        tensors = {position: self._saved[slot] for position, slot in self._side_slots[index].items()}
-        return {position: tensor for position, tensor in tensors.items() if tensor is not None}
 
 
 class _Couple(torch.autograd.Function):
@@ -141,7 +136,7 @@ class _Couple(torch.autograd.Function):
         ctx.chain, ctx.index, ctx.keep = chain, index, keep
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, *((x1, x2) if keep else ()))
-        return chain.coupling.forward(F, x2, v)
+        return chain.kind.couple(F, x2, v)
 
     @staticmethod
     def backward(ctx, d1: Tensor):
@@ -150,22 +145,22 @@ class _Couple(torch.autograd.Function):
                 "a reversible chain cannot be differentiated twice (create_graph=True): its tensors are recovered, not stored; "
                 'use the schedule "store" for second derivatives'
             )
-        chain, index, coupling = ctx.chain, ctx.index, ctx.chain.coupling
+        chain, index, kind = ctx.chain, ctx.index, ctx.chain.kind
         v, *kept = ctx.saved_tensors
         y1, x1 = (None, kept[0]) if ctx.keep else chain.output_streams(index)
         # Even where no gradient arrives (d1 is None: only y2 was used), autograd enters the body's nodes and asks for tensors.
-        F = chain.replay(index, x1)
+        F = chain.replay(index, x1 if ctx.keep else kind.value(x1))
         dF = dx2 = dv = recovered = None
         if ctx.keep:
             if d1 is not None:
-                dF, dx2, dv = coupling.backward(d1, F, kept[1], v)
+                dF, dx2, dv = kind.backward(d1, F, kept[1], v)
         else:
             if d1 is None:
-                x2 = coupling.inverse(y1, F, v)
+                x2 = kind.inverse(index, y1, F, v)
             else:
                 # The last two streams are the caller's; the others were recovered here, and each is read last by its own layer.
                 own = index < len(chain.layers) - 2
-                x2, dF, dx2, dv = coupling.uncouple(y1, F, d1, v, inplace=own)
+                x2, dF, dx2, dv = kind.uncouple(index, y1, F, d1, v, inplace=own)
             recovered = (x1, x2)
         chain.leave(index, recovered)
         return None, None, None, dF, None, dx2, dv
@@ -191,7 +186,7 @@ class _Start(torch.autograd.Function):
         if d2 is None:
             ctx.chain.leave(-1, None)
             return None, None, None
-        x1 = ctx.chain.output_streams(-1)[0]
+        x1 = ctx.chain.kind.value(ctx.chain.output_streams(-1)[0])
         ctx.chain.leave(-1, None)
         return None, d2 * s.to(d2.dtype), (d2 * x1).sum().to(s.dtype).reshape(s.shape)
 
@@ -211,31 +206,33 @@ class _Merge(torch.autograd.Function):
         (m,) = ctx.saved_tensors
         if d is None:
             return None, None, None, None, None
-        y2 = ctx.chain.output_streams(ctx.index)[1]
+        y2 = ctx.chain.kind.value(ctx.chain.output_streams(ctx.index)[1])
         return None, None, d, d * m, (d * y2).sum().to(m.dtype).reshape(m.shape)
 
 
 class _End(torch.autograd.Function):
-    """Identity on all that the chain returns. Stores the last streams and what the chain wants, and hands it to the chain when
-    backward begins."""
+    """Identity on all that the chain returns. Stores what recovers the streams and what the bodies read besides, and hands it
+    to the chain when backward begins."""
 
     @staticmethod
     def forward(ctx, chain: _Chain, y1: Tensor, y2: Tensor, *merged: Tensor) -> tuple[Tensor, ...]:
         ctx.chain = chain
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y1, y2, *chain.end_forward())
+        stored = chain.kind.end(y1, y2)
+        ctx.stored = len(stored)
+        ctx.save_for_backward(*stored, *chain.end_forward())
         return tuple(t.view_as(t) for t in (y1, y2, *merged))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        y1, y2, *saved = ctx.saved_tensors
-        ctx.chain.begin_backward(y1, y2, saved)
+        saved = ctx.saved_tensors
+        ctx.chain.begin_backward(saved[: ctx.stored], saved[ctx.stored :])
         return None, *gradients
 
 
 def reversible_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     x1: Tensor,
     x2: Tensor | None,
@@ -245,17 +242,20 @@ def reversible_chain(
     keep: bool = False,
     preserve_rng_state: bool = True,
     body_dtype: torch.dtype,
+    drift: Drift | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the chain; its backward recomputes the bodies.
 
     Args:
         calls: the bodies with their side inputs.
+        coupling: of the streams; `FixedStreams`, a new object for every call, makes one of fixed-point streams.
         weights: v of each layer, one element, or None for a coupling without one.
         x1, x2: streams, float32 or float64, one shape. input_scale: s, one element, for x2 = s·x1 in place of an x2.
         merges: layer → m: y1 + m·y2 after that layer is wanted too.
         keep: store each layer's input streams instead of recovering them by inversion. No drift, two tensors a layer.
         preserve_rng_state: put the generators back on replay; False saves time when no body draws random numbers.
         body_dtype: what a body is given x1 in.
+        drift: is shown the streams before each layer, and in backward the recovered ones.
 
     Returns:
         y1, y2 of the last layer, and the merges in the order of their layers.
@@ -265,17 +265,20 @@ def reversible_chain(
             tensor from inside a body reached the loss past its return value.
     """
     layers: list[Segment] = []
-    chain = _Chain(coupling, layers, weights)
+    chain = _Chain(as_streams(coupling), layers, drift)
     merged = []
     if x2 is None:
         assert input_scale is not None
         chain.starts_scaled = bool(calls) and not keep
         x2 = cast(Tensor, _Start.apply(chain, x1, input_scale)) if chain.starts_scaled else x1 * input_scale.to(x1.dtype)
+    x1, x2 = chain.kind.begin(x1, x2)
     for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
         body = _Body(index, call.body, body_dtype)
         layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
         layers.append(layer)
         F = layer.run()
+        if drift is not None:
+            drift.keep(x2)
         x1, x2 = _Couple.apply(chain, index, keep, F, x1, x2, v), x1
         if merges and index in merges:
             m = merges[index]
@@ -287,7 +290,7 @@ def reversible_chain(
 
 def plain_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     x1: Tensor,
     x2: Tensor | None,
@@ -301,9 +304,11 @@ def plain_chain(
     if x2 is None:
         assert input_scale is not None
         x2 = x1 * input_scale.to(x1.dtype)
+    streams = as_streams(coupling)
+    x1, x2 = streams.begin(x1, x2)
     for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
         F = call.body(x1.to(body_dtype), *call.args, **call.kwargs)
-        x1, x2 = coupling.forward(F, x2, v), x1
+        x1, x2 = streams.couple(F, x2, v), x1
         if merges and index in merges:
             merged.append(_merge(x1, x2, merges[index]))
     return x1, x2, merged
@@ -312,15 +317,17 @@ def plain_chain(
 @torch.no_grad()
 def invert_chain(
     calls: Sequence[Call],
-    coupling: Coupling,
+    coupling: Coupling | FixedStreams,
     weights: Sequence[Tensor | None],
     y1: Tensor,
     y2: Tensor,
     *,
     body_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(x1, x2) from (y1, y2), without a graph."""
-    for call, v in zip(reversed(calls), reversed(weights), strict=True):
-        F = call.body(y2.to(body_dtype), *call.args, **call.kwargs)
-        y1, y2 = y2, coupling.inverse(y1, F, v)
+    """(x1, x2) from (y1, y2), all in the form that the streams are kept in, without a graph."""
+    streams = as_streams(coupling)
+    for index in reversed(range(len(calls))):
+        call = calls[index]
+        F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
+        y1, y2 = y2, streams.inverse(index, y1, F, weights[index])
     return y1, y2

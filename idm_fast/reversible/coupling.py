@@ -93,8 +93,9 @@ def make_coupling(coupling: str) -> Coupling:
 
 def check_stream_dtype(dtype: torch.dtype) -> None:
     """ValueError unless streams may be kept in `dtype`."""
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64, torch.int32):
         raise ValueError(
             f"stream_dtype: {dtype} cannot be inverted: every layer divides its rounding error by v, and after 11 layers the "
-            "recovered input is wrong by more than its own size; use torch.float32 or torch.float64 (bodies may stay in half)"
+            "recovered input is wrong by more than its own size; use torch.float32, torch.float64 or, exact to the bit, "
+            "torch.int32 (bodies may stay in half)"
         )

@@ -190,11 +190,6 @@ class Segment:
             raise different
         return result
 
-    def rerun(self, tensors: dict[int, Tensor]) -> Tensor:
-        """The result again without a graph, for an inversion that takes no part in a backward pass."""
-        with self._context.put_back(self._module), torch.no_grad():
-            return self._call(tensors)
-
     def _call(self, tensors: dict[int, Tensor]) -> Tensor:
         leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
         args, kwargs = tree_unflatten(leaves, self._spec)

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from idm_fast.ops.fixed_point import check_fraction_bits
 from idm_fast.reversible.backprop import Call, invert_chain, plain_chain, reversible_chain
-from idm_fast.reversible.coupling import check_stream_dtype, make_coupling
+from idm_fast.reversible.coupling import Coupling, check_stream_dtype, make_coupling
+from idm_fast.reversible.drift import Drift
+from idm_fast.reversible.streams import ExactOutputs, FixedStreams, bits_for
 
 Recovery = Literal["invert", "keep", "store"]
 """How backward gets what the bodies need: `invert` recovers every input from the output, `keep` stores the two streams
@@ -34,15 +37,30 @@ class ReversibleSequence(nn.Module):
     Args:
         bodies: modules; each maps (x1, *side inputs) to a tensor of x1's shape. One module may stand in several places.
         coupling: "convex" (above, a learnable v a layer started at 0.5), or "additive" (RevNet: y1 = x2 + body(x1)).
-        stream_dtype: torch.float32 or torch.float64, what the two streams are kept in. Inverting multiplies rounding by
-            1/v a layer: float32 serves about 11 layers at v = 0.5 with float32 bodies; float64 is exact to 1e-13.
-            None: float32 under autocast, whose bodies round more than that, and float64 outside.
+        stream_dtype: what the two streams are kept in. Inverting multiplies rounding by 1/v a layer: torch.float32 serves
+            about 11 layers at v = 0.5 with float32 bodies; torch.float64 is exact to 1e-13 there after 16 layers, and to
+            1e-6 after 32 (benchmarks/results/numerics.md). torch.int32 is fixed point and inverts to the bit whatever the
+            number of layers, each of which keeps 1 or 2 bits an element for that (none with "additive"). Bodies must then
+            compute the same twice: deterministic kernels. Gradients take the rounding for the identity.
+            None: torch.float32 under autocast, whose bodies round more than that, and torch.float64 outside.
         recovery: see `Recovery`; may be changed at any time as an attribute.
         preserve_rng_state: put the random generators back when a body runs again (dropout). False saves time.
-        check_v: in training, refuse a v that cannot be inverted. Costs a GPU one synchronisation a forward pass.
+        check_v: in training, refuse a v that cannot be inverted. Costs a GPU one synchronisation a forward pass. With
+            fixed-point streams, always: refuse a v outside [min_v, 1], and values that left the range, at one more.
+            Unchecked, either turns the streams into NaN.
+        fraction_bits: with torch.int32, streams hold values below 2^(31−fraction_bits) in steps of 2^−fraction_bits.
+        min_v: with torch.int32, the smallest v that the chain has to serve: 0.25 … 1. From 0.5 on a layer keeps 1 bit an
+            element, below it 2.
+        check_inverse: measure how far recovered inputs are from the true ones. Keeps the input of every layer, which is the
+            memory that inverting saves, and makes a GPU wait at every layer: for finding out, not for use. See `drift`;
+            an error beyond 1e-3 is a RuntimeWarning that names the layer. Nothing is measured under tracing.
+
+    Attributes:
+        drift: with check_inverse, what the last backward pass found: largest error of each layer's recovered x2 over the
+            largest value of the true one, by layer; NaN where nothing was recovered.
 
     Raises:
-        ValueError: an unknown coupling or recovery, a half-precision stream.
+        ValueError: an unknown coupling or recovery, a half-precision stream, fraction_bits or min_v out of range.
     """
 
     def __init__(
@@ -53,10 +71,14 @@ class ReversibleSequence(nn.Module):
         recovery: Recovery = "invert",
         preserve_rng_state: bool = True,
         check_v: bool = True,
+        fraction_bits: int = 20,
+        min_v: float = 0.25,
+        check_inverse: bool = False,
     ) -> None:
         super().__init__()
         if stream_dtype is not None:
             check_stream_dtype(stream_dtype)
+        check_fraction_bits(fraction_bits)
         self.bodies = nn.ModuleList(bodies)
         self.coupling = coupling
         self._coupling = make_coupling(coupling)
@@ -64,6 +86,11 @@ class ReversibleSequence(nn.Module):
         self.recovery: Recovery = recovery
         self.preserve_rng_state = preserve_rng_state
         self.check_v = check_v
+        self.fraction_bits = fraction_bits
+        self.min_v = min_v
+        self._bits = bits_for(min_v)
+        self.check_inverse = check_inverse
+        self.drift: list[float] = []
         weighted = len(self.bodies) if self._coupling.weighted else 0
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(weighted))
 
@@ -93,11 +120,13 @@ class ReversibleSequence(nn.Module):
                 float32.
 
         Returns:
-            y1, y2 in the streams' dtype; behind them, when there are `merges`, the list of these, by layer.
+            y1, y2 in the streams' dtype, or for fixed-point streams in that of x1, at least float32; behind them, when there
+            are `merges`, the list of these, by layer.
 
         Raises:
             ValueError: shapes of x1 and x2 differ, an index in `extras` or `merges` is no layer, a v is too close to 0 to be
                 inverted, an unknown recovery.
+            OverflowError: fixed-point streams met a value that they cannot hold.
         """
         recovery = recovery or self.recovery
         if recovery not in ("invert", "keep", "store"):
@@ -107,16 +136,28 @@ class ReversibleSequence(nn.Module):
         if (x2 is None) == (input_scale is None):
             raise ValueError("x2, input_scale: give one of the two, the second stream or what scales the first to make it")
         x1, second, body_dtype = self._streams(x1, x2, body_dtype)
-        if self.check_v and self.training and recovery == "invert" and len(self.v) and values_can_be_read(self.v[0]):
-            name, value = smallest_v(self)
-            if not value >= SMALLEST_V:
-                raise ValueError(f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v")
+        fixed = self.stream_dtype == torch.int32
+        if fixed:
+            self._check_min_v()
         run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
         if recovery != "store" and torch.is_grad_enabled():
             run = partial(reversible_chain, keep=recovery == "keep", preserve_rng_state=self.preserve_rng_state)
+            if recovery == "invert":
+                self._check_smallest_v()
+                if self.check_inverse and values_can_be_read(x1):
+                    run = partial(run, drift=Drift(len(calls), partial(setattr, self, "drift")))
+        coupling = self._streams_coupling(x1.dtype, invertible=recovery == "invert" and torch.is_grad_enabled())
         options = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
-        y1, y2, merged = run(calls, self._coupling, self._weights(), x1, second, **options)
+        y1, y2, merged = run(calls, coupling, self._weights(), x1, second, **options)
+        if fixed:
+            self._check_overflow(y1, y2)
         return (y1, y2, merged) if merges else (y1, y2)
+
+    def _check_smallest_v(self) -> None:
+        if self.check_v and self.training and len(self.v) and values_can_be_read(self.v[0]):
+            name, value = smallest_v(self)
+            if not value >= SMALLEST_V:
+                raise ValueError(f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v")
 
     def inverse(
         self,
@@ -127,11 +168,99 @@ class ReversibleSequence(nn.Module):
         body_dtype: torch.dtype | None = None,
         **shared_kw: Any,
     ) -> tuple[Tensor, Tensor]:
-        """(x1, x2) of `forward`, without a graph. Bodies must do what they did there: same mode, same side inputs."""
+        """(x1, x2) of `forward`, without a graph. Bodies must do what they did there: same mode, same side inputs.
+
+        Raises:
+            ValueError: the streams are fixed-point.
+        """
+        if self.stream_dtype == torch.int32:
+            raise ValueError(
+                "stream_dtype: inverting torch.int32 streams takes more than y1 and y2; run_exact returns all of it, and "
+                "inverse_exact takes it"
+            )
         calls = self._calls(shared, extras, shared_kw)
         y1, second, body_dtype = self._streams(y1, y2, body_dtype)
         assert second is not None
         return invert_chain(calls, self._coupling, self._weights(), y1, second, body_dtype=body_dtype)
+
+    @torch.no_grad()
+    def run_exact(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        *shared: Any,
+        extras: Mapping[int, tuple[Any, ...]] | None = None,
+        body_dtype: torch.dtype | None = None,
+        **shared_kw: Any,
+    ) -> ExactOutputs:
+        """`forward` on fixed-point streams, without a graph, with all that `inverse_exact` needs. Arguments as there.
+
+        Raises:
+            ValueError: the streams are not fixed-point; further as in `forward`.
+        """
+        calls = self._calls(shared, extras, shared_kw)
+        x1, second, body_dtype = self._streams(x1, x2, body_dtype)
+        fixed = self._fixed_streams(x1.dtype)
+        self._check_min_v()
+        y1, y2, _ = plain_chain(calls, fixed, self._weights(), x1, second, body_dtype=body_dtype)
+        self._check_overflow(y1, y2)
+        Y1, Y2, *codes = fixed.end(y1, y2)
+        return ExactOutputs(Y1, Y2, tuple(codes), self.fraction_bits, y1.dtype, body_dtype)
+
+    @torch.no_grad()
+    def inverse_exact(
+        self,
+        outputs: ExactOutputs,
+        *shared: Any,
+        extras: Mapping[int, tuple[Any, ...]] | None = None,
+        **shared_kw: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """(x1, x2) that the first layer of `run_exact` saw, to the bit: its inputs rounded to the grid of the streams.
+
+        Raises:
+            ValueError: the streams are not fixed-point, or `outputs` are of another chain.
+        """
+        fixed = self._fixed_streams(outputs.dtype)
+        wanted = len(self.v), self.fraction_bits
+        if (len(outputs.codes), outputs.fraction_bits) != wanted:
+            raise ValueError(
+                f"outputs: codes of {len(outputs.codes)} layers at fraction_bits = {outputs.fraction_bits}, "
+                f"and this chain has {wanted[0]} at {wanted[1]}"
+            )
+        Y1, Y2 = fixed.begin_backward([outputs.y1, outputs.y2, *outputs.codes])
+        calls = self._calls(shared, extras, shared_kw)
+        X1, X2 = invert_chain(calls, fixed, self._weights(), Y1, Y2, body_dtype=outputs.body_dtype)
+        return fixed.value(X1), fixed.value(X2)
+
+    def _streams_coupling(self, dtype: torch.dtype, invertible: bool) -> Coupling | FixedStreams:
+        if self.stream_dtype != torch.int32:
+            return self._coupling
+        return FixedStreams(self._coupling, self.fraction_bits, self._bits if invertible else 0, dtype)
+
+    def _fixed_streams(self, dtype: torch.dtype) -> FixedStreams:
+        streams = self._streams_coupling(dtype, invertible=True)
+        if not isinstance(streams, FixedStreams):
+            raise ValueError(f"stream_dtype: {self.stream_dtype} cannot be inverted to the bit, only torch.int32 can")
+        return streams
+
+    def _check_min_v(self) -> None:
+        if not (self.check_v and len(self.v) and values_can_be_read(self.v[0])):
+            return
+        for index, v in enumerate(torch.cat([v.detach() for v in self.v]).tolist()):
+            if not self.min_v <= v <= 1:
+                raise ValueError(
+                    f"v.{index}: v = {v:.6g}, expected {self.min_v} … 1 (min_v … 1), for which fixed-point streams keep "
+                    f"{self._bits} bits an element a layer; lower min_v (0.25 at least), or use torch.float64 streams"
+                )
+
+    def _check_overflow(self, y1: Tensor, y2: Tensor) -> None:
+        # A NaN once in a stream reaches the last ones, so that one look at the end sees every layer.
+        if self.check_v and values_can_be_read(y1) and bool((y1.detach() + y2.detach()).isnan().any()):
+            raise OverflowError(
+                f"fraction_bits: with {self.fraction_bits}, fixed-point streams hold values below "
+                f"2^{31 - self.fraction_bits}, and one was larger, infinite or NaN; lower fraction_bits, or scale the bodies' "
+                "outputs down"
+            )
 
     def _calls(
         self, shared: tuple[Any, ...], extras: Mapping[int, tuple[Any, ...]] | None, shared_kw: dict[str, Any]
@@ -154,7 +283,7 @@ class ReversibleSequence(nn.Module):
         wanted = self.stream_dtype
         if wanted is None:
             wanted = torch.float32 if torch.is_autocast_enabled(x1.device.type) else torch.float64
-        stream = torch.promote_types(given, wanted)
+        stream = torch.promote_types(given, torch.float32 if wanted == torch.int32 else wanted)
         return x1.to(stream), None if x2 is None else x2.to(stream), body_dtype or torch.promote_types(given, torch.float32)
 
     def _weights(self) -> list[Tensor | None]:
@@ -188,6 +317,11 @@ class WiredSequence(nn.Module):
         self.chain = ReversibleSequence(bodies, coupling, **options)
         self.input_scale = nn.Parameter(torch.ones(1))
         self.merge_scale = nn.Parameter(torch.zeros(1))
+
+    @property
+    def drift(self) -> list[float]:
+        """As in `ReversibleSequence`."""
+        return self.chain.drift
 
     def forward(self, x: Tensor, *shared: Any, **options: Any) -> Tensor:
         """(B, …) → the same shape and dtype (float32 for half). Side inputs as in `ReversibleSequence.forward`."""
