@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -36,6 +37,15 @@ class Call:
     body: Callable[..., Tensor]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def check_shape(index: int, body: object, x1: Tensor, F: Tensor) -> None:
+    """ValueError unless a body preserved the shape."""
+    if F.shape != x1.shape:
+        raise ValueError(
+            f"body {index} ({type(body).__name__}) turned {tuple(x1.shape)} into {tuple(F.shape)}; "
+            "a reversible chain needs bodies that preserve the shape"
+        )
 
 
 class _Holder:
@@ -65,11 +75,7 @@ class _Layer:
         leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
         args, kwargs = _unflatten(leaves, self._spec)
         F = self.body(x1.to(self._body_dtype), *args, **kwargs)
-        if F.shape != x1.shape:
-            raise ValueError(
-                f"body {self.index} ({type(self.body).__name__}) turned {tuple(x1.shape)} into {tuple(F.shape)}; "
-                "a reversible chain needs bodies that preserve the shape"
-            )
+        check_shape(self.index, self.body, x1, F)
         return F
 
     def run(self, x1: Tensor) -> Tensor:
@@ -245,6 +251,11 @@ class _End(torch.autograd.Function):
         return None, d1, d2
 
 
+def being_compiled(x: Tensor) -> bool:
+    """Whether dynamo traces the caller, or AOTAutograd does, from inside a call that dynamo left to it."""
+    return torch.compiler.is_dynamo_compiling() or isinstance(x, FunctionalTensor)
+
+
 def reversible_chain(
     calls: Sequence[Call],
     coupling: Coupling,
@@ -273,6 +284,11 @@ def reversible_chain(
         RuntimeError: in backward, when asked for second derivatives, when a body does not do the same twice, or when a
             tensor from inside a body reached the loss past its return value.
     """
+    if being_compiled(x1):
+        raise RuntimeError(
+            "reversible_chain cannot be compiled: saved-tensor hooks do nothing while a graph is traced; compile a "
+            'ReversibleSequence, the parts of the model inside this chain, or the schedule "store"'
+        )
     layers = [_Layer(i, call, preserve_rng_state, body_dtype, x1.device) for i, call in enumerate(calls)]
     chain = _Chain(coupling, layers, weights)
     for layer, v in zip(layers, weights, strict=True):

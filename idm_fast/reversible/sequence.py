@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from idm_fast.reversible.backprop import Call, invert_chain, plain_chain, reversible_chain
+from idm_fast.reversible.backprop import Call, being_compiled, invert_chain, plain_chain, reversible_chain
+from idm_fast.reversible.constant import Constant
 from idm_fast.reversible.coupling import check_stream_dtype, make_coupling
 
 Recovery = Literal["invert", "keep", "store"]
@@ -57,6 +58,7 @@ class ReversibleSequence(nn.Module):
         self.bodies = nn.ModuleList(bodies)
         self.coupling = coupling
         self._coupling = make_coupling(coupling)
+        self._constants = Constant(self.bodies), Constant(self._coupling)
         self.stream_dtype = stream_dtype
         self.recovery: Recovery = recovery
         self.preserve_rng_state = preserve_rng_state
@@ -90,7 +92,7 @@ class ReversibleSequence(nn.Module):
         """
         calls = self._calls(shared, extras, shared_kw)
         x1, x2, body_dtype = self._streams(x1, x2, body_dtype)
-        if self.recovery == "store" or not torch.is_grad_enabled():
+        if self.recovery == "store" or not torch.is_grad_enabled() or not calls:
             return plain_chain(calls, self._coupling, self._weights(), x1, x2, body_dtype=body_dtype)
         if self.recovery not in ("invert", "keep"):
             raise ValueError(f"recovery: {self.recovery!r} is unknown, expected 'invert', 'keep' or 'store'")
@@ -98,13 +100,18 @@ class ReversibleSequence(nn.Module):
             name, value = smallest_v(self)
             if not value >= SMALLEST_V:
                 raise ValueError(f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v")
+        keep = self.recovery == "keep"
+        if being_compiled(x1):
+            from idm_fast.reversible.compiled import compiled_chain  # here, for it loads dynamo, which takes seconds
+
+            return compiled_chain(*self._constants, calls, self._weights(), x1, x2, keep=keep, body_dtype=body_dtype)
         return reversible_chain(
             calls,
             self._coupling,
             self._weights(),
             x1,
             x2,
-            keep=self.recovery == "keep",
+            keep=keep,
             preserve_rng_state=self.preserve_rng_state,
             body_dtype=body_dtype,
         )
