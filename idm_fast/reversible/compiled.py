@@ -169,7 +169,8 @@ class _CompiledChain(torch.autograd.Function):
         streams = [x2, x1]
         for layer in chain.layers:
             v, inputs = chain.inputs(layer, tensors)
-            with torch.enable_grad():  # as in the replay: some functions go another way without
+            # With a graph as in the replay, for some functions go another way without; it also keeps bodies from changing x1.
+            with torch.enable_grad():
                 F = layer.run(x1.detach().requires_grad_(), inputs)
             x1, x2 = chain.coupling.forward(F.detach(), x2, v), x1
             streams.append(x1)
@@ -272,7 +273,12 @@ def compiled_chain(
     Args:
         bodies, coupling: the chain's ModuleList and its coupling, carried by objects that were made before compilation.
         calls: the bodies with their side inputs: tensors, numbers, strings, None, modules, and containers of these.
+
+    Raises:
+        RuntimeError: `calls` are not for `bodies`.
     """
+    if any(call.body is not body for call, body in zip(calls, bodies.value, strict=True)):
+        raise RuntimeError("bodies: the list was replaced by another; compile a ReversibleSequence that was made from that one")
     modules = bodies.value
     state = dict(modules.named_parameters(remove_duplicate=False))
     state |= dict(modules.named_buffers(remove_duplicate=False))
