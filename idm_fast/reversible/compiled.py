@@ -5,6 +5,8 @@ forward and backward. The saved-tensor hooks of the eager engine (backprop.py) a
 backward is written out: run a body, invert its coupling, differentiate the body, go on with the layer below. A partitioner
 would rather share a replay with the forward pass, which means storing; `_after` makes each replay wait for the gradient.
 
+A graph has no generator to put back either: what random operations drew is stored, of a dropout its mask.
+
 What dynamo does not see it does not guard. A chain is compiled again when a `training` flag, a tensor's metadata or an option
 of the chain changes; any other attribute of a body (a dropout's p, say) is read once.
 """
@@ -45,7 +47,7 @@ def _after_fake(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 class _Draws(TorchDispatchMode):
-    """Notes what random operations gave in a first run; its `replay` gives it again. A graph has no generator to put back."""
+    """Notes what random operations gave in a first run; its `replay` gives it again."""
 
     def __init__(self, noted: list[Any] | None = None) -> None:
         super().__init__()
@@ -199,8 +201,11 @@ class _CompiledChain(torch.autograd.Function):
             else:
                 x2, dF, dx2, dv = chain.coupling.uncouple(y1, F.detach(), d1, v)
             wanted = {s: leaf for s, leaf in leaves.items() if leaf.requires_grad}
-            dx1, *found = torch.autograd.grad(F, [x, *wanted.values()], dF, allow_unused=True)
-            for s, gradient in zip((*wanted, chain.weight_slots[layer.index]), (*found, dv), strict=True):
+            found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
+            if F.requires_grad:
+                found = torch.autograd.grad(F, [x, *wanted.values()], dF, allow_unused=True)
+            dx1 = found[0]
+            for s, gradient in zip((*wanted, chain.weight_slots[layer.index]), (*found[1:], dv), strict=True):
                 if s is not None and gradient is not None:
                     so_far = sums[s]
                     sums[s] = gradient if so_far is None else so_far + gradient

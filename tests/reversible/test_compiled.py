@@ -154,6 +154,16 @@ def test_body_may_work_in_place_but_not_on_its_input() -> None:
         compiled(ReversibleSequence([body[1]]).double())(x1, x2)
 
 
+class Ones(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+def test_body_that_ignores_its_input() -> None:
+    net, (x1, x2) = ReversibleSequence([Ones(), nn.Tanh()]).double(), tensors()
+    compare(net, lambda f: (f(x1, x2)[0] ** 2).sum(), [x1, x2])
+
+
 class Operator(nn.Module):
     """A module that is passed along, as the measurement operator is; its weight is learnt."""
 
@@ -207,16 +217,28 @@ def test_another_list_of_bodies_is_refused_with_the_remedy() -> None:
         compiled(net)(x1, x2)
 
 
-def test_autocast_is_that_of_the_forward_pass() -> None:
-    net, (x1, x2) = chain().float(), [x.detach().float() for x in tensors()]
-    gradients = {}
-    for name, function in {"eager": net, "compiled": compiled(net)}.items():
+class Lowered(nn.Module):
+    """Autocast around the chain alone, so that backward is traced outside it."""
+
+    def __init__(self, net: ReversibleSequence) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = function(x1, x2)[0].square().sum()
-        gradients[name] = torch.autograd.grad(loss, list(net.parameters()))
-    for found, expected in zip(gradients["compiled"], gradients["eager"], strict=True):
+            return self.net(x1, x2)[0]
+
+
+def test_autocast_is_that_of_the_forward_pass() -> None:
+    net, (x1, x2) = Lowered(chain().float()), [x.detach().float() for x in tensors()]
+    dtypes = []
+    net.net.bodies[0].widen.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    wanted = list(net.parameters())
+    found, expected = (torch.autograd.grad(f(x1, x2).square().sum(), wanted) for f in (compiled(net), net))
+    assert len(dtypes) > 2 and set(dtypes) == {torch.bfloat16}  # whenever the graph was traced, forward and replay
+    for compiled_gradient, eager in zip(found, expected, strict=True):
         # The same bfloat16 operations; recovered inputs differ by float32 rounding, and bfloat16 may round those apart.
-        assert (found - expected).norm() <= 2**-8 * expected.norm()
+        assert (compiled_gradient - eager).norm() <= 2**-8 * eager.norm()
 
 
 class Model(nn.Module):

@@ -148,6 +148,16 @@ def test_unused_parameters_get_none_and_used_ones_their_gradient() -> None:
     assert net.bodies[1].inside[0].weight.grad is not None
 
 
+class Ones(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+def test_body_that_ignores_its_input() -> None:
+    net, (x1, x2) = ReversibleSequence([Body(), Ones(), Body()]).double(), streams()
+    compare(net, lambda: (net(x1, x2)[0] ** 2).sum(), x1, x2)
+
+
 def test_gradients_accumulate_over_steps_as_in_plain_autograd() -> None:
     grads = {}
     for recovery in ("store", "invert"):
