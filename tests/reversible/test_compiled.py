@@ -261,12 +261,19 @@ def test_model_of_several_chains_one_inside_another() -> None:
     compare(model, lambda f: f(x).square().sum(), [x])
 
 
+STREAM = torch.Size(SHAPE).numel() * 8
+"""Bytes of one float64 stream."""
+
+
 @pytest.mark.slow
-def test_inductor() -> None:
+def test_inductor_gives_the_same_gradients_and_holds_the_last_streams_alone() -> None:
     torch.manual_seed(0)
-    net = WiredSequence([nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)]).double()
-    (x, _) = tensors()
-    compare(net, lambda f: f(x).square().sum(), [x], backend="inductor")
+    net = ReversibleSequence([nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)]).double()
+    x1, x2 = tensors()
+    compare(net, lambda f: f(x1, x2)[0].square().sum(), [x1, x2], backend="inductor")
+    saved = compiled(net, "inductor")(x1, x2)[0].grad_fn.saved_tensors
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*saved, *net.parameters())}
+    assert sum(storages.values()) == 2 * STREAM + sum(p.untyped_storage().nbytes() for p in net.parameters())
 
 
 class Graphs:
@@ -309,9 +316,6 @@ def measured(layers: int, coupling: str, recovery: str = "invert", **options: An
     graphs = Graphs(net)
     (compiled(net, graphs.backend)(x1, x2)[0] ** 2).sum().backward()
     return graphs
-
-
-STREAM = torch.Size(SHAPE).numel() * 8
 
 
 @pytest.mark.parametrize("coupling", ["convex", "additive"])
