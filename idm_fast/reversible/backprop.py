@@ -24,7 +24,7 @@ from torch import Tensor
 
 from idm_fast.reversible.coupling import Coupling
 from idm_fast.reversible.drift import Drift
-from idm_fast.reversible.segment import Segment
+from idm_fast.reversible.segment import Segment, being_compiled
 from idm_fast.reversible.streams import FixedStreams, Streams, as_streams
 
 
@@ -37,6 +37,15 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def check_shape(index: int, body: object, x1: Tensor, F: Tensor) -> None:
+    """ValueError unless a body preserved the shape."""
+    if F.shape != x1.shape:
+        raise ValueError(
+            f"body {index} ({type(body).__name__}) turned {tuple(x1.shape)} into {tuple(F.shape)}; "
+            "a reversible chain needs bodies that preserve the shape"
+        )
+
+
 class _Body:
     """A body as a chain calls it: in the dtype that bodies get, with its shape checked."""
 
@@ -46,16 +55,11 @@ class _Body:
     def __call__(self, x1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         version = x1._version
         F = self._body(x1.to(self._dtype), *args, **kwargs)
-        name = f"body {self._index} ({type(self._body).__name__})"
-        if F.shape != x1.shape:
-            raise ValueError(
-                f"{name} turned {tuple(x1.shape)} into {tuple(F.shape)}; "
-                "a reversible chain needs bodies that preserve the shape"
-            )
+        check_shape(self._index, self._body, x1, F)
         if x1._version != version:
             raise RuntimeError(
-                f"{name} changed its input in place, and that input is the other stream of the next layer; make its first "
-                "operation out of place (inplace=False)"
+                f"body {self._index} ({type(self._body).__name__}) changed its input in place, and that input is the other "
+                "stream of the next layer; make its first operation out of place (inplace=False)"
             )
         return F
 
@@ -264,6 +268,11 @@ def reversible_chain(
         RuntimeError: in backward, when asked for second derivatives, when a body does not do the same twice, or when a
             tensor from inside a body reached the loss past its return value.
     """
+    if being_compiled(x1):
+        raise RuntimeError(
+            "reversible_chain cannot be compiled: saved-tensor hooks do nothing while a graph is traced; compile a "
+            'ReversibleSequence, the parts of the model inside this chain, or the schedule "store"'
+        )
     layers: list[Segment] = []
     chain = _Chain(as_streams(coupling), layers, drift)
     merged = []

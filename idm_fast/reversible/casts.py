@@ -61,7 +61,7 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`: the step's copy where there is one."""
     if weight.dtype == dtype:
         return weight
-    copy = (_casts.get() or {}).get(id(weight))
+    copy = None if torch.compiler.is_dynamo_compiling() else (_casts.get() or {}).get(id(weight))
     return weight.to(dtype) if copy is None or copy.dtype != dtype else copy
 
 

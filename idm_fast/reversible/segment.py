@@ -18,8 +18,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from idm_fast.reversible.replay import ReplayContext
 
@@ -28,28 +30,40 @@ Result = TypeVar("Result")
 _keeper: ContextVar[Callable[..., Any] | None] = ContextVar("what `kept` does in the segment that is being run", default=None)
 
 
+def being_compiled(x: Tensor) -> bool:
+    """Whether dynamo traces the caller, or AOTAutograd does, from inside a call that dynamo left to it."""
+    return torch.compiler.is_dynamo_compiling() or isinstance(x, FunctionalTensor)
+
+
 def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
     """function(*inputs), its results stored by the reversible layer around it instead of being computed again in backward.
 
     For what is dear to compute and small to keep, such as attention; the inputs are recomputed as ever. Outside of a
-    reversible layer and of `recompute` this is function(*inputs).
+    reversible layer and of `recompute`, and under torch.compile, this is function(*inputs).
 
     Args:
         function: returns a tensor, or a tuple of them. It must reach nothing that carries a graph besides its inputs.
         inputs: tensors.
     """
-    keeper = _keeper.get()
+    keeper = None if torch.compiler.is_dynamo_compiling() else _keeper.get()
     return function(*inputs) if keeper is None else cast(Result, keeper(function, inputs))
 
 
 def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = True, **kwargs: Any) -> Tensor:
     """function(*args, **kwargs); backward runs it again instead of having stored what is inside.
 
-    torch.utils.checkpoint without reentrance, which also puts back the choice of implementation and honours `kept`.
+    torch.utils.checkpoint without reentrance, which also puts back the choice of implementation and honours `kept`. Under
+    torch.compile it is that function.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    device = next((a.device for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)), torch.device("cpu"))
+    if torch.compiler.is_dynamo_compiling():
+        result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs)
+        return cast(Tensor, result)
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    if tensors and being_compiled(tensors[0]):
+        return function(*args, **kwargs)  # inside of a compiled chain, which runs all of it again
+    device = tensors[0].device if tensors else torch.device("cpu")
     segment = Segment(function, function, args, kwargs, preserve_rng_state, device)
     result = segment.run()
     return cast(Tensor, _Recompute.apply(segment, result))

@@ -4,6 +4,8 @@ Training memory of a chain is that of one body plus the last streams, whatever i
 backward. It pays when bodies store much more than their input (convolutions with norms, attention, feed-forwards) and there
 are several of them; it costs one more forward pass of every body, a third more work. For one or two layers, or when memory
 is not what limits you, use plain autograd (`recovery="store"`).
+
+`torch.compile(fullgraph=True)` keeps all of this; see compiled.py.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from idm_fast.ops.fixed_point import check_fraction_bits
 from idm_fast.reversible.backprop import Call, invert_chain, plain_chain, reversible_chain
+from idm_fast.reversible.constant import Constant
 from idm_fast.reversible.coupling import Coupling, check_stream_dtype, make_coupling
 from idm_fast.reversible.drift import Drift
+from idm_fast.reversible.segment import being_compiled
 from idm_fast.reversible.streams import ExactOutputs, FixedStreams, bits_for
 
 Recovery = Literal["invert", "keep", "store"]
@@ -82,6 +86,7 @@ class ReversibleSequence(nn.Module):
         self.bodies = nn.ModuleList(bodies)
         self.coupling = coupling
         self._coupling = make_coupling(coupling)
+        self._constants = Constant(self.bodies), Constant(self._coupling)
         self.stream_dtype = stream_dtype
         self.recovery: Recovery = recovery
         self.preserve_rng_state = preserve_rng_state
@@ -139,15 +144,20 @@ class ReversibleSequence(nn.Module):
         fixed = self.stream_dtype == torch.int32
         if fixed:
             self._check_min_v()
+        options = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
+        invertible = recovery != "store" and torch.is_grad_enabled() and bool(calls)
         run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
-        if recovery != "store" and torch.is_grad_enabled():
+        if invertible and being_compiled(x1):
+            from idm_fast.reversible.compiled import compiled_chain  # here, for it loads dynamo, which takes seconds
+
+            run = partial(compiled_chain, self._constants, keep=recovery == "keep")
+        elif invertible:
             run = partial(reversible_chain, keep=recovery == "keep", preserve_rng_state=self.preserve_rng_state)
             if recovery == "invert":
                 self._check_smallest_v()
                 if self.check_inverse and values_can_be_read(x1):
                     run = partial(run, drift=Drift(len(calls), partial(setattr, self, "drift")))
-        coupling = self._streams_coupling(x1.dtype, invertible=recovery == "invert" and torch.is_grad_enabled())
-        options = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
+        coupling = self._streams_coupling(x1.dtype, invertible=invertible and recovery == "invert")
         y1, y2, merged = run(calls, coupling, self._weights(), x1, second, **options)
         if fixed:
             self._check_overflow(y1, y2)
