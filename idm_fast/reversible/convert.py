@@ -3,13 +3,13 @@
 A run of residual blocks x → x + f(x) becomes RevNet's additive coupling on two streams, as in Reformer and reversible ViTs:
 
     x1 = x2 = x
-    x1, x2 = x2 + f(x1), x1     for every residual branch f
+    x1, x2 = x2 + scale·f(x1), x1     for every residual branch f
     x = (x1 + x2) / 2
 
-This is another function of the same weights: every branch reads the stream that the branch before it wrote, and half of the
-sum of all branches reaches the output. Train a network in this form from its first step and it does what the plain one does
-(examples/README.md has both side by side). Pre-trained weights load unchanged, but the converted network is not the one that
-they were trained for: expect poor results until it is fine-tuned.
+This is another function of the same weights: a branch reads the stream that the branch before it wrote. Trained in this form
+from the first step, with scale 1, a network learns as well as the plain one. Pre-trained weights load unchanged, but were
+trained for another network, which gets worse until it is fine-tuned; scale 2, with which the output is x + Σ f as it was
+(scale 1: half of that sum), makes it lose less. examples/README.md has the figures for both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from idm_fast.reversible.residual import block_spans, calls_of, is_pre_norm_layer, members_of, residual_branches
+from idm_fast.reversible.residual import ScaledBranch, block_spans, calls_of, is_pre_norm_layer, members_of, residual_branches
 from idm_fast.reversible.sequence import ReversibleSequence
 
 
 class ReversibleRun(nn.Module):
-    """Consecutive blocks as one reversible chain: x → the same shape and dtype. Side inputs go to every branch."""
+    """Branches of consecutive blocks as one reversible chain: x → the same shape and dtype. Side inputs go to each."""
 
-    def __init__(self, blocks: Sequence[nn.Module], branches: Callable[[nn.Module], Sequence[nn.Module]], **options: Any):
+    def __init__(self, branches: Sequence[nn.Module], scale: float, **options: Any) -> None:
         super().__init__()
-        self.chain = ReversibleSequence([branch for block in blocks for branch in branches(block)], "additive", **options)
+        bodies = branches if scale == 1 else [ScaledBranch(branch, scale) for branch in branches]
+        self.chain = ReversibleSequence(bodies, "additive", **options)
 
     def forward(self, x: Tensor, *shared: Any, **shared_kw: Any) -> Tensor:
         y1, y2 = self.chain(x, x, *shared, body_dtype=x.dtype, **shared_kw)
@@ -96,6 +97,7 @@ def make_reversible(
     *,
     blocks: type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None = None,
     branches: Callable[[nn.Module], Sequence[nn.Module]] = residual_branches,
+    scale: float = 1.0,
     **options: Any,
 ) -> nn.Module:
     """Run every two or more consecutive residual blocks of an `nn.Sequential` or `nn.ModuleList` as one reversible chain.
@@ -115,6 +117,7 @@ def make_reversible(
             `nn.TransformerEncoderLayer`.
         branches: block → its residual branches, modules without their skip; default `residual_branches`. For a
             ViT block of another library: `lambda b: [nn.Sequential(b.norm1, b.attn), nn.Sequential(b.norm2, b.mlp)]`.
+        scale: of every branch, see the head of this file: 1 to train from scratch, 2 for pre-trained weights.
         options: stream_dtype, recovery, preserve_rng_state of `ReversibleSequence`.
 
     Raises:
@@ -129,7 +132,7 @@ def make_reversible(
             members = members_of(stack)
             spans = [] if stack in inside else block_spans(members, chosen, calls)
             inside.update(part for span in spans for i in span for part in members[i].modules())
-            runs = {span: ReversibleRun([members[i] for i in span], branches, **options) for span in spans}
+            runs = {span: ReversibleRun([f for i in span for f in branches(members[i])], scale, **options) for span in spans}
             found += [(stack, runs)] if runs else []
     if not found:
         seen = sorted({type(member).__name__ for stack in stacks for member in members_of(stack)})

@@ -67,6 +67,17 @@ class FeedForwardBranch(nn.Module):
         return layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))))
 
 
+class ScaledBranch(nn.Module):
+    """scale · f."""
+
+    def __init__(self, branch: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.branch, self.scale = branch, scale
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.scale * self.branch(x, *args, **kwargs)
+
+
 def residual_branches(block: nn.Module) -> Sequence[nn.Module]:
     """The two halves of a pre-norm `nn.TransformerEncoderLayer`, and of any other block one `ResidualBranch`."""
     if type(block) is nn.TransformerEncoderLayer and block.norm_first:  # a subclass may do something else
@@ -151,7 +162,8 @@ def block_spans(
         chosen: which members are blocks; None: those that are residual in `calls`.
         calls: see `calls_of`; with them, a block must keep its shape and read what the block before it returned.
     """
-    own = [call for call in calls or () if call.block in set(members)][: len(members)]
+    here = set(members)
+    own = [call for call in calls or () if call.block in here][: len(members)]
     if calls is not None and [call.block for call in own] != list(members):
         return []  # not looped over from its first to its last
     spans: list[range] = []

@@ -72,10 +72,10 @@ def tokens() -> Tensor:
     return torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
 
 
-def two_streams(branches: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+def two_streams(branches: list[Callable[[Tensor], Tensor]], x: Tensor, scale: float = 1) -> Tensor:
     x1, x2 = x, x
     for f in branches:
-        x1, x2 = x2 + f(x1), x1
+        x1, x2 = x2 + scale * f(x1), x1
     return (x1 + x2) / 2
 
 
@@ -102,6 +102,19 @@ def test_sequential_computes_the_two_streams_written_out() -> None:
     first, *run, between, fifth, sixth = plain
     h = between(two_streams([block.branch for block in run], first(x)))
     torch.testing.assert_close(model(x), two_streams([fifth.branch, sixth.branch], h), rtol=1e-12, atol=1e-12)
+
+
+def test_scale_two_computes_the_whole_sum_of_the_branches() -> None:
+    blocks, x = [Block().double().eval() for _ in range(3)], image(4)
+    model = make_reversible(nn.Sequential(*blocks).eval(), blocks=Block, scale=2)
+    torch.testing.assert_close(model(x), two_streams([block.branch for block in blocks], x, scale=2), rtol=1e-12, atol=1e-12)
+    constant = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for block in blocks:  # branches that ignore what they read: the sum is the plain network's
+            block.branch = nn.Conv2d(4, 4, 1).double()
+            block.branch.weight.zero_()
+    torch.testing.assert_close(model(x + constant), nn.Sequential(*blocks)(x + constant), rtol=1e-12, atol=1e-12)
+    assert_gradients_are_those_of_plain_autograd(model, x)
 
 
 def test_encoder_computes_attention_and_feed_forward_on_two_streams() -> None:
@@ -218,6 +231,20 @@ def test_eight_times_the_blocks_take_the_same_memory_but_not_when_stored() -> No
 
     assert peak(32, "invert") <= 1.02 * peak(4, "invert")
     assert peak(32, "store") >= 6 * peak(4, "store")
+
+
+def test_float32_streams_through_64_layers_recover_the_input_to_the_sum_of_their_roundings() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True, norm_first=True) for _ in range(64)]
+    (chain,) = chains(make_reversible(nn.Sequential(*layers)))
+    x = tokens().detach().float().repeat(1, 1, 2)
+    with torch.no_grad():
+        y1, y2 = chain(x, x)
+        z1, z2 = chain.inverse(y1, y2)
+    # Each of 128 branches rounds once forward and once back, at the size of the largest stream.
+    bound = 2 * 128 * torch.finfo(torch.float32).eps * float(y1.abs().max())
+    assert max((z1 - x).abs().max(), (z2 - x).abs().max()) <= bound
+    assert bound <= 1e-3
 
 
 def test_outermost_blocks_are_taken_and_their_insides_left_alone() -> None:
