@@ -180,6 +180,8 @@ def run_example(
     parser.add_argument("--batch", type=int, default=batch, help="patches an update (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two updates of two patches, to see that it runs")
     options = parser.parse_args()
+    if options.out is not None:
+        prepare(options.out)
     if options.quick:
         options.steps, options.batch = 2, 2
     patches = Patches.load()
@@ -189,7 +191,6 @@ def run_example(
         rows += train_side_by_side(plain, reversible, patches, held_out, options.steps, options.batch, learning_rate, seed)
     print(f"{title}: {options.steps} updates of {options.batch} patches of {PATCH}², seeds {options.seeds}\n\n{table(rows)}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         write_csv(rows, options.out / "results.csv")
         bars(rows, title, options.out / "comparison.png")
 
@@ -235,6 +236,12 @@ def bars(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def prepare(folder: Path) -> None:
+    """Finds out before any work whether results can be written to `folder`."""
+    pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def pyplot():

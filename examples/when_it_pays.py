@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from comparison import MIB, count, now, pyplot
+from comparison import MIB, count, now, prepare, pyplot
 from reversible_resnet import PreActivationBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two depths, one repeat and no break-even, to see that it runs")
     options = parser.parse_args()
+    if options.out is not None:
+        prepare(options.out)
     if options.quick:
         options.depths, options.timed_depth, options.repeats = [2, 4], 2, 1
     memory = {(name, way): [peak(name, way, depth) / MIB for depth in options.depths] for name in BLOCKS for way in WAYS}
@@ -122,7 +124,6 @@ def main() -> None:
         factors = " | ".join(f"× {ms[way] / ms['plain']:.2f}" for way in ("checkpointed", "reversible"))
         print(f"| {name} | {ms['plain']:.3g} | {factors} | {shown} |")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         write(options.out / "memory.csv", ["block", "training", *options.depths], [[*key, *v] for key, v in memory.items()])
         write(options.out / "time.csv", ["block", *WAYS], [[name, *ms.values()] for name, ms in time.items()])
         curves(memory, options.depths, options.out / "memory.png")
