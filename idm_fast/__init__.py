@@ -16,17 +16,18 @@ _HOME = {
     "IDMPipeline": "idm_fast.pipeline",
     "ReversibleSequence": "idm_fast.reversible",
     "WiredSequence": "idm_fast.reversible",
+    "make_reversible": "idm_fast.reversible",
     "use": "idm_fast.ops",
 }
 
-__all__ = ["IDM", "BlockCompressedSensing", "IDMPipeline", "ReversibleSequence", "WiredSequence", "use"]
+__all__ = ["IDM", "BlockCompressedSensing", "IDMPipeline", "ReversibleSequence", "WiredSequence", "make_reversible", "use"]
 
 if TYPE_CHECKING:
     from idm_fast.models import IDM
     from idm_fast.ops import use
     from idm_fast.physics import BlockCompressedSensing
     from idm_fast.pipeline import IDMPipeline
-    from idm_fast.reversible import ReversibleSequence, WiredSequence
+    from idm_fast.reversible import ReversibleSequence, WiredSequence, make_reversible
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,12 @@
 
 Training memory of a chain is that of one body plus the last streams, whatever its length; each body runs once more in
 backward. It pays when bodies store much more than their input (convolutions with norms, attention, feed-forwards) and there
-are several of them; it costs one more forward pass of every body, a third more work. For one or two layers, or when memory
-is not what limits you, use plain autograd (`recovery="store"`).
+are several of them; it costs one more forward pass of every body, a third more work. Measured on a CPU by
+examples/when_it_pays.py: 64 transformer layers of width 256 keep 4.2 MiB where plain autograd keeps 195 and
+torch.utils.checkpoint around each layer 21; 64 convolutional blocks 9 MiB where those keep 260 and 69. From two blocks on it
+takes less memory than plain autograd, from two to five on less than checkpointing. A step takes 1.4 times as long with such
+bodies, about as with checkpointing, and 2.5 times or more with bodies so small that what Python does around them counts. For
+one layer, for small bodies, or when memory is not what limits you, use plain autograd (`recovery="store"`).
 
 `torch.compile(fullgraph=True)` keeps all of this; see compiled.py.
 """
