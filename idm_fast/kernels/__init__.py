@@ -38,7 +38,7 @@ def device_types() -> tuple[str, ...]:
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """The function that launches the kernels of each op, by the op's name; imports Triton."""
-    from idm_fast.kernels import couple, geglu, group_norm_silu
+    from idm_fast.kernels import couple, geglu, group_norm_silu, inject, project
 
     return {
         "couple": couple.couple,
@@ -49,4 +49,13 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "geglu_backward": geglu.geglu_backward,
         "group_norm_silu": group_norm_silu.group_norm_silu,
         "group_norm_silu_backward": group_norm_silu.group_norm_silu_backward,
+        "inject_read": inject.inject_read,
+        "inject_read_backward": inject.inject_read_backward,
+        "inject_write": inject.inject_write,
+        "inject_write_backward": inject.inject_write_backward,
+        "measure": project.measure,
+        "adjoint": project.adjoint,
+        "gram": project.gram,
+        "project_step": project.project_step,
+        "project_step_backward": project.project_step_backward,
     }

@@ -29,7 +29,11 @@ TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("geglu", torch.float64, None): Configuration(512, 8),
     ("group_norm", None, None): Configuration(4096, 8),
     ("group_norm", torch.float64, None): Configuration(2048, 8),
-    ("group_norm_merge", None, None): Configuration(512, 4),
+    ("inject", None, None): Configuration(2048, 8),
+    ("project", None, None): Configuration(512, 4),
+    ("project", torch.float64, None): Configuration(256, 4),
+    ("project", torch.float32, 100): Configuration(512, 8),  # with 4 warps, the assembler spills two registers there
+    ("merge", None, None): Configuration(512, 4),
 }
 """By (kernel family, widest dtype, compute capability as 90 for 9.0). None stands for any; the most specific entry counts."""
 

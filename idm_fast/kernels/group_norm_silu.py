@@ -247,7 +247,7 @@ def tiling(x: Tensor) -> Tiling:
     else:
         BS = fit(S, plan.elements)
         BC = fit(C, plan.elements // BS)
-    merge = configuration("group_norm_merge", exact_dtype, arch)
+    merge = configuration("merge", exact_dtype, arch)
     return Tiling({"BC": BC, "BS": BS}, blocks(S, BS), B * blocks(C, BC) * blocks(S, BS), plan, merge)
 
 

@@ -12,7 +12,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["test_couple.py", "test_geglu.py", "test_group_norm_silu.py"])
+FILES = ["test_couple.py", "test_geglu.py", "test_group_norm_silu.py", "test_inject.py", "test_project.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_kernels_pass_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", str(HERE / file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -39,11 +39,11 @@ def test_environment_variable_chooses_triton_and_an_op_without_kernel_says_so() 
     code = (
         "import torch; from idm_fast import ops; from idm_fast.ops import registry\n"
         "print(ops.geglu(torch.ones(1, 4)).tolist(), registry.OPS['geglu'].choose('cpu'))\n"
-        "ops.inject_read(torch.ones(1, 4, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1), 2)"
+        "del registry.OPS['geglu'].implementations['triton']; ops.geglu(torch.ones(1, 4))"
     )
     done = run_python(code, TRITON_INTERPRET="1", IDM_FAST_IMPL="triton")
     assert done.stdout.startswith("[[0.841") and done.stdout.rstrip().endswith("triton")
-    assert "idm_fast::inject_read has no 'triton' implementation here: this version" in done.stderr
+    assert "idm_fast::geglu has no 'triton' implementation here: this version" in done.stderr
 
 
 def test_the_interpreter_is_never_chosen_unasked() -> None:
@@ -55,6 +55,15 @@ def test_the_interpreter_is_never_chosen_unasked() -> None:
     expected = "reference; ('triton', 'reference'); the only one that is taken unasked"
     done = run_python(code, TRITON_INTERPRET="1")
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_every_op_has_kernels() -> None:
+    code = (
+        "from idm_fast.ops import registry; registry.load_triton()\n"
+        "print([name for name, op in registry.OPS.items() if 'triton' not in op.implementations])"
+    )
+    done = run_python(code, TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.gpu
