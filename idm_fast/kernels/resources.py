@@ -4,8 +4,8 @@
     python -m idm_fast.kernels.resources --write    write it
 
 Every launch that the ops make at the shapes of `CASES` (Stable Diffusion 1.5's at batch 8, 256²) is recorded on meta tensors
-and compiled to machine code for each architecture of ARCHITECTURES, exactly as it would be launched there. float16 is left out: it
-goes the way of bfloat16, in the same configurations.
+and compiled to machine code for each architecture of ARCHITECTURES, exactly as it would be launched there. float16 is left
+out: it goes the way of bfloat16, in the same configurations.
 """
 
 from __future__ import annotations
