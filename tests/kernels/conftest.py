@@ -7,6 +7,7 @@ one of them by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_coup
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from idm_fast import kernels
+
+# What cuBLAS asks for where PyTorch's algorithms must be deterministic, as `poisoned_outputs` makes them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,10 +15,10 @@ DTYPES = {
     "fp16 on fp32": (torch.float16, torch.float32),
     "fp32 on fp32": (torch.float32, torch.float32),
     "bf16 on fp64": (torch.bfloat16, torch.float64),
-    "fp32 on fp64": (torch.float32, torch.float64),
     "fp64 on fp64": (torch.float64, torch.float64),
 }
-SHAPES = [(1,), (61,), (3, 7, 61), (2, 3, 29, 31), (4, 1024), (0, 3, 5)]
+SHAPES = [(1,), (3, 7, 61), (2, 3, 29, 31), (0, 3, 5)]
+PAIRS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a == b or "contiguous" in (a, b)]
 
 
 def arguments(name: str, F: Tensor, v: float, stream: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, ...]:
@@ -57,10 +57,9 @@ def test_parity_in_every_dtype_and_size(device: str, name: str, dtypes: str, sha
     assert_parity(name, implementation, given, scales(name, given))
 
 
-@pytest.mark.parametrize("stream_layout", LAYOUTS)
-@pytest.mark.parametrize("body_layout", LAYOUTS)
+@pytest.mark.parametrize(("body_layout", "stream_layout"), PAIRS)
 @pytest.mark.parametrize("name", OPS)
-def test_parity_in_every_pair_of_layouts(device: str, name: str, body_layout: str, stream_layout: str) -> None:
+def test_parity_in_every_layout_and_beside_contiguous(device: str, name: str, body_layout: str, stream_layout: str) -> None:
     F = draw(3, 6, 5, 7, dtype=torch.bfloat16, device=device, layout=body_layout)
     given = arguments(name, F, 0.7, torch.float32, stream_layout)
     for implementation in ("reference", "triton"):

@@ -11,7 +11,7 @@ from idm_fast import ops
 from idm_fast.ops import registry
 
 OPS = ("measure", "adjoint", "gram", "project_step", "project_step_backward")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(2, 6, 8, 16, 5), (1, 1, 1, 1, 1), (3, 7, 11, 77, 40), (1, 18, 4, 8, 8), (2, 16, 16, 256, 1)]
 """Batch, height, width, N, q: one row an image and several, N and q beyond a tile, q of one and of N."""
 
@@ -69,7 +69,7 @@ def test_parity_in_every_dtype_and_size(device: str, name: str, shape: tuple, dt
 @pytest.mark.parametrize("layout", ["strided", "expanded", "unaligned", "transposed"])
 @pytest.mark.parametrize("name", OPS)
 def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
-    given = arguments(name, (2, 6, 8, 16, 5), torch.float32, device, layout)
+    given = arguments(name, (2, 6, 8, 16, 5), torch.float16, device, layout)
     assert_parity(name, "triton", given, scales(name, given))
 
 
