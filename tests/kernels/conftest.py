@@ -31,9 +31,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if kernels.interpreted():
         return
     here = Path(__file__).parent
-    left_out = [item for item in items if here in item.path.parents and "interpreter" in item.keywords]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+
+    def needs_interpreter(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        return here in item.path.parents and callspec is not None and callspec.params.get("device") == "cpu"
+
+    config.hook.pytest_deselected(items=[item for item in items if needs_interpreter(item)])
+    items[:] = [item for item in items if not needs_interpreter(item)]
 
 
 @pytest.fixture(autouse=True)
