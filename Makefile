@@ -48,7 +48,7 @@ types: $(DEV_READY) ## mypy on the package
 
 clean: ## remove the virtual environment, build leftovers and caches (demo_output/ stays)
 	rm -rf $(VENV) build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
-	find idm_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find idm_fast tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

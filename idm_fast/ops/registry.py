@@ -3,11 +3,13 @@
 Each op of `idm_fast::…` is defined once (`define_op`) with a schema, a plain-PyTorch reference and a fake kernel. Faster
 implementations register themselves behind it (`add_implementation`). A call picks one per op and device: an explicit choice
 (`use`, or the environment variable IDM_FAST_IMPL) works or raises with the reason; the automatic choice is the first of
-`ORDER` that the op has on that device. Nothing above this file ever sees an implementation.
+`ORDER` that the op has on that device. Nothing above this file ever sees an implementation. The Triton kernels are loaded
+at their first need: an explicit choice, or a report.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,10 @@ import torch
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Automatic order of choice. An implementation that a benchmark does not justify is not registered for automatic use."""
+
+NEVER_AUTOMATIC = {("triton", "cpu"), ("triton", "cuda")}
+"""Taken on explicit choice alone. On CPU tensors Triton's kernels run in its interpreter, thousands of times slower: for
+proofs. On a GPU they have not been run or timed yet, only interpreted and compiled."""
 
 LIBRARY = torch.library.Library("idm_fast", "DEF")
 
@@ -35,7 +41,8 @@ class Op:
             return self._explicit(_choice, device_type)
         for name in ORDER:
             if name in self.implementations and self.serves(name, device_type):
-                return name
+                if (name, device_type) not in NEVER_AUTOMATIC:
+                    return name
         raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
 
     def serves(self, name: str, device_type: str) -> bool:
@@ -96,10 +103,22 @@ def add_implementation(op: str, name: str, function: Callable[..., Any], devices
     OPS[op].implementations[name] = (function, devices)
 
 
+@functools.cache
+def load_triton() -> str | None:
+    """Add the Triton implementations, once; returns None, or why they cannot run in this process."""
+    from idm_fast import kernels
+
+    reason = kernels.missing_reason()
+    if reason is None:
+        for op, function in kernels.implementations().items():
+            add_implementation(op, "triton", function, kernels.device_types())
+    return reason
+
+
 def missing_reason(name: str) -> str:
-    """Why no op has implementation `name` in this installation."""
+    """Why no op, or not the one that was asked for, has implementation `name` in this process."""
     reasons = {
-        "triton": "this version of idm_fast ships no Triton kernels yet",
+        "triton": load_triton() or "this version of idm_fast ships no Triton kernel for it yet",
         "cuda": "this version of idm_fast ships no CUDA extension yet",
         "cpu": "this version of idm_fast ships no C++ extension yet",
     }
@@ -115,6 +134,8 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         global _choice
+        if name == "triton":
+            load_triton()
         if name is not None and not any(name in op.implementations for op in OPS.values()):
             raise RuntimeError(f"implementation {name!r} cannot be used: {missing_reason(name)}")
         self._previous = _choice
@@ -158,6 +179,7 @@ def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
     """Rows for `idm-fast doctor`, for the device types of this machine."""
     if device_types is None:
         device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    load_triton()
     for op in OPS.values():
         for device in device_types:
             available = tuple(name for name in ORDER if name in op.implementations and op.serves(name, device))
@@ -166,10 +188,13 @@ def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
             except RuntimeError as error:
                 yield ReportRow(op.name, device, "none", str(error), available)
                 continue
+            automatic = [name for name in available if (name, device) not in NEVER_AUTOMATIC]
             if _choice is not None:
                 reason = f"chosen explicitly ({_choice})"
             elif len(available) == 1:
                 reason = "the only one here"
+            elif len(automatic) == 1:
+                reason = "the only one that is taken unasked"
             else:
                 reason = f"first available of {', '.join(ORDER)}"
             yield ReportRow(op.name, device, implementation, reason, available)

@@ -1,0 +1,81 @@
+"""Parity of the injector's kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import assert_parity, draw, run
+from torch import Tensor
+
+from idm_fast import ops
+from idm_fast.ops import registry
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+OPS = ("inject_read", "inject_read_backward", "inject_write", "inject_write_backward")
+SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 19, 29, 2)]
+"""Batch, channels a plane, height and width of the features, r."""
+
+
+def arguments(name: str, h: Tensor, r: int) -> tuple:
+    """Arguments of op `name` on the features, or the gradient, h."""
+    B, C, height, width = h.shape
+    c, device = C // (r * r), h.device.type
+    parameter = torch.float64 if h.dtype == torch.float64 else torch.float32
+    images = [draw(B, 1, height * r, width * r, dtype=h.dtype, device=device, seed=seed) for seed in (1, 2, 3)]
+    read, write = (draw(*shape, dtype=parameter, device=device) for shape in ((1, c, 1, 1), (c, 3, 1, 1)))
+    bias = [draw(n, dtype=parameter, device=device, seed=7) for n in (1, c)]
+    return {
+        "inject_read": (h, read, bias[0], r),
+        "inject_read_backward": (images[0], h, read, r),
+        "inject_write": (h, *images, write, bias[1], r),
+        "inject_write_backward": (h, *images, write, r),
+    }[name]
+
+
+def scales(name: str, given: tuple) -> dict[int, Tensor]:
+    """For what sums over c or over positions, the largest root sum of squares of the terms of one element."""
+    exact = [a.double() if isinstance(a, Tensor) else a for a in given]
+    squares = [a.square() if isinstance(a, Tensor) else a for a in exact]
+    found = run(name, "reference", tuple(squares))
+    return {k: t.max().sqrt() for k, t in enumerate(found) if t.numel()}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_parity_in_every_dtype_and_size(device: str, name: str, shape: tuple, dtype: torch.dtype, implementation: str) -> None:
+    B, c, height, width, r = shape
+    given = arguments(name, draw(B, c * r * r, height, width, dtype=dtype, device=device), r)
+    assert_parity(name, implementation, given, scales(name, given))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded", "unaligned", "transposed"])
+@pytest.mark.parametrize("name", OPS)
+def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
+    given = arguments(name, draw(2, 12, 5, 6, dtype=torch.float16, device=device, layout=layout), 2)
+    for implementation in ("reference", "triton"):
+        assert_parity(name, implementation, given, scales(name, given))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str) -> None:
+    outputs = run(name, "triton", arguments(name, torch.empty(0, 12, 2, 2, device=device), 2))
+    assert all(t.shape[0] == 0 or not t.any() for t in outputs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operators_obey_opcheck(device: str, name: str) -> None:
+    h = draw(2, 12, 2, 3, dtype=torch.float32, device=device, layout="channels_last")
+    with ops.use("triton"):
+        torch.library.opcheck(registry.OPS[name].overload, arguments(name, h, 2))
+
+
+def test_cost_counts_the_features_once_each_way() -> None:
+    from idm_fast.kernels.inject import inject_read_cost, inject_write_backward_cost, inject_write_cost
+
+    h, image = torch.empty(2, 80, 3, 3, device="meta"), torch.empty(2, 1, 6, 6, device="meta")
+    read, write, bias = (torch.empty(n, device="meta") for n in (20, 60, 20))
+    assert inject_read_cost(h, read, bias[:1], 2).written == 4 * image.numel()
+    assert inject_write_cost(h, image, image, image, write, bias, 2).written == 4 * h.numel()
+    assert inject_write_backward_cost(h, image, image, image, write, 2).read == 4 * (h.numel() + 3 * image.numel() + 60)
