@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -89,12 +89,14 @@ class Plan:
         count: what the whole training step costs under it, counted exactly.
         choice: the chosen one of `candidates`, with its composed prediction.
         candidates: the Pareto front of peak memory and FLOP, leanest first.
+        uniform: every kind of step used for all steps, for comparison.
     """
 
     schedule: Schedule
     count: StepCount
     choice: Choice
     candidates: tuple[Choice, ...]
+    uniform: tuple[Choice, ...]
 
 
 def parse_bytes(text: str | int) -> int:
@@ -167,6 +169,11 @@ class Planner:
         costs, shared = self.costs()
         return _front(_combine(_undominated(costs), steps, shared))
 
+    def uniform(self, steps: int) -> tuple[Choice, ...]:
+        """Every kind of step used for all `steps`."""
+        costs, shared = self.costs()
+        return tuple(compose((cost,) * steps, shared) for cost in costs)
+
     def leanest(self, steps: int) -> Schedule:
         """What needs least memory, without counting anything: all steps but the last run again."""
         kind = KINDS[LEANEST]
@@ -184,7 +191,7 @@ class Planner:
             if choice.peak_bytes <= budget or choice is candidates[0]:
                 count = self.exactly(choice.schedule)
                 if count.peak_bytes <= budget:
-                    return Plan(choice.schedule, count, choice, candidates)
+                    return Plan(choice.schedule, count, choice, candidates, self.uniform(steps))
         raise InputError(_cannot(budget, count.peak_bytes))
 
     def largest(self, what: str, steps: int, budget: int) -> int:
@@ -240,46 +247,19 @@ def options_of(model: Any) -> dict[str, Any]:
 
 
 def _combine(kinds: Sequence[StepCost], steps: int, shared: int) -> Iterable[Choice]:
-    """All choices of `steps` kinds worth looking at, each in its best order.
+    """All choices of `steps` kinds (from T = 4 on, two kinds in any proportion and a third once), each in its best order.
 
-    The peak is least when the steps with the largest peak − held run first (exchange two neighbours and see). Of unfinished
-    sequences of the same length, only those that no other beats in peak, held and FLOP can become the best.
+    The peak is least when the steps with the largest peak − held run first (exchange two neighbours and see).
     """
     ordered = sorted(kinds, key=lambda kind: kind.held_bytes - kind.peak_bytes)
-    unfinished: list[list[_State]] = [[(0, 0, 0, 0, ())], *[[] for _ in range(steps - 1)]]
-    finished: list[_State] = []
-    for kind in ordered:
-        for length in range(steps):
-            last = length == steps - 1
-            longer = finished if last else unfinished[length + 1]
-            for flop, launches, peak, held, sequence in unfinished[length]:
-                peak = max(peak, held + kind.peak_bytes + (0 if last else shared))
-                figures = flop + kind.flop, launches + kind.launches, peak, held + kind.held_bytes
-                longer.append((*figures, (*sequence, kind)))
-            if not last:
-                unfinished[length + 1] = _unbeaten(longer)
-    return (compose(state[-1], shared) for state in finished)
-
-
-_State = tuple[int, int, int, int, tuple[StepCost, ...]]
-"""(FLOP, launches, peak so far, held, steps)."""
-
-
-def _unbeaten(states: list[_State]) -> list[_State]:
-    kept: list[_State] = []
-    least_held: list[tuple[int, int]] = []
-    """(peak, held) of what is kept, peaks rising and held falling."""
-    for state in sorted(states, key=lambda s: s[:4]):
-        peak, held = state[2:4]
-        position = bisect_right(least_held, peak, key=lambda pair: pair[0])
-        if position and least_held[position - 1][1] <= held:
-            continue
-        kept.append(state)
-        end = position
-        while end < len(least_held) and least_held[end][1] >= held:
-            end += 1
-        least_held[position:end] = [(peak, held)]
-    return kept
+    numbers = range(len(ordered))
+    chosen = {
+        tuple(sorted([a] * i + [b] * (steps - 1 - i) + [c]))
+        for a, b in combinations_with_replacement(numbers, 2)
+        for i in range(steps)
+        for c in numbers
+    }
+    return (compose([ordered[number] for number in choice], shared) for choice in sorted(chosen))
 
 
 def _undominated(kinds: Sequence[StepCost]) -> list[StepCost]:
@@ -316,10 +296,14 @@ def _largest(need: Callable[[int], int], power: int, budget: int) -> int:
         known[guess] = need(guess)
 
 
+def written(amount: int) -> str:
+    """Bytes as a budget is written, rounded up, so that what it says is enough."""
+    unit, name = (GIB, "GiB") if amount >= GIB else (2**20, "MiB")
+    return f"{-(-amount * 1000 // unit) / 1000:.3f}{name}"
+
+
 def _cannot(budget: int, smallest: int) -> str:
-    # Rounded up, so that the budget that is named works.
-    at_least = -(-smallest * 1000 // GIB) / 1000
     return (
-        f"memory budget: {budget / GIB:.3f} GiB is too little for this training step; at least {at_least:.3f}GiB of activations "
-        "are needed. Lower the batch or the image size, or use bf16 or fp16 autocast"
+        f"memory budget: {written(budget)} is too little for this training step, which needs at least {written(smallest)} for "
+        "activations; lower the batch or the image size, or use bf16 or fp16 autocast"
     )

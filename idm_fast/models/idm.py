@@ -89,8 +89,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(steps))
         self._coupling = ConvexCoupling()
         self.set_schedule(schedule, keep)
-        self._budget = None if memory_budget is None else parse_bytes(memory_budget)
-        self._planned: dict[tuple[Any, ...], Schedule] = {}
+        self.memory_budget = memory_budget
 
     def set_schedule(self, schedule: str, keep: Collection[str] | None = None) -> None:
         """Choose a schedule by name with what it keeps, at any time; arguments and errors as in the constructor."""
@@ -127,6 +126,16 @@ class IDM(ModelMixin, ConfigMixin):
         if len(plan) != len(self.v):
             raise ValueError(f"plan: it has {len(plan)} steps, and the model {len(self.v)}")
         self._schedule_name, self._keep, self._keep_steps, self._plan = "planned", frozenset(), True, tuple(plan)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of activations that a training step may take; may be set as in the constructor, None to plan no more."""
+        return self._budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: str | int | None) -> None:
+        self._budget = None if budget is None else parse_bytes(budget)
+        self._planned: dict[tuple[Any, ...], Schedule] = {}
 
     @classmethod
     def tiny(cls, steps: int = 3, **overrides: Any) -> IDM:
@@ -217,7 +226,11 @@ class IDM(ModelMixin, ConfigMixin):
         key = (aty.shape[0], height, width, autocast)
         if key not in self._planned:
             options = options_of(self)
-            planner = Planner(lambda steps: type(self)(**options | {"steps": steps}), key[0], (height, width), autocast=autocast)
+
+            def make_model(steps: int) -> IDM:
+                return type(self)(**options | {"steps": steps})
+
+            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast)
             plan = planner.plan(len(self.v), budget)
             self._planned[key] = plan.schedule
             logging.getLogger(__name__).info("batch %d, %d×%d: %s; %s", *key[:3], plan.choice, plan.count)
