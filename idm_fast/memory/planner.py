@@ -26,13 +26,11 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 _LEAN = ChainSchedule(feed_forward_rows=FEED_FORWARD_ROWS["two_level"])
 _LEAN_KEPT = replace(_LEAN, keep_attention=True)
-_FLAT, _KEPT, _STORED = ChainSchedule(), ChainSchedule(keep_attention=True), ChainSchedule("store")
+_KEPT, _STORED = ChainSchedule(keep_attention=True), ChainSchedule("store")
 LEANEST = "inverted, feed-forward in chunks"
 KINDS: Mapping[str, StepSchedule] = {
     LEANEST: StepSchedule.uniform(False, _LEAN),
     "inverted, feed-forward in chunks, attention kept": StepSchedule.uniform(False, _LEAN_KEPT),
-    "inverted": StepSchedule.uniform(False, _FLAT),
-    "inverted, high-resolution attention kept": StepSchedule(False, True, (_KEPT, _FLAT, _FLAT, _KEPT)),
     "inverted, attention kept": StepSchedule.uniform(False, _KEPT),
     "inverted, attention and what is between kept": StepSchedule(False, False, (_KEPT, _KEPT, _KEPT, _KEPT)),
     "first low-resolution chain stored": StepSchedule(False, False, (_KEPT, _STORED, _KEPT, _KEPT)),
@@ -100,7 +98,7 @@ class Plan:
 
 
 def parse_bytes(text: str | int) -> int:
-    """"12GiB", "500 MiB", "24GB" or a number of bytes → bytes. Raises InputError."""
+    """ "12GiB", "500 MiB", "24GB" or a number of bytes → bytes. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = (match[2].upper() or "B") if match else ""
     if match is None or unit not in UNITS or float(match[1]) <= 0:
