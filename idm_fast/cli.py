@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from idm_fast import __version__
@@ -24,6 +25,7 @@ Reconstructs images from few linear measurements with Invertible Diffusion Model
   idm-fast reconstruct photo.png                   sense a photograph and get it back
   idm-fast evaluate --data_dir Set11               PSNR and SSIM by the published protocol
   idm-fast train --train_data_dir photos --output_dir my_weights --model tiny --resolution 64
+  idm-fast plan --budget 12GiB                     how to train within so much memory
   idm-fast doctor                                  what this machine has and what runs on it
 
 `idm-fast COMMAND --help` explains each with examples."""
@@ -75,6 +77,23 @@ examples:
 
 output_dir gets the final weights (use them as --weights), checkpoint-N/ folders and metrics.jsonl."""
 
+PLAN = """\
+Finds how to train within a memory budget. Backward needs what forward computed; a training step may store it, recover it by
+inverting the layers, or run whole sampling steps again. Every mixture has its peak memory and its FLOP; the one with the
+fewest FLOP that fits is chosen. Nothing is trained: the real model is counted without data, on any machine."""
+
+PLAN_EXAMPLES = """\
+examples:
+  idm-fast plan --budget 12GiB
+      Stable Diffusion 1.5's widths, T = 3, batch 8, 256²; about half a minute
+  idm-fast plan --card 24GiB --batch 4 --size 512 --plot plan.png
+      a whole card: parameters, gradients and Adam states are taken off first. Leave a few percent for CUDA itself
+  idm-fast plan --card 24GiB --largest batch
+      the largest batch that fits at all; likewise --largest size, --largest steps
+
+Memory is of activations, as `IDM(memory_budget="12GiB")` takes it. > marks the choice, * the Pareto front: nothing else
+has both less memory and fewer FLOP."""
+
 DOCTOR = "Versions, devices, threads, which implementation of each operation runs here and why, what is not there yet."
 
 
@@ -125,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         _command(commands, "reconstruct", "sense and reconstruct images", RECONSTRUCT, RECONSTRUCT_EXAMPLES)
     )
     _add_evaluate(_command(commands, "evaluate", "measure PSNR and SSIM on a folder", EVALUATE, EVALUATE_EXAMPLES))
+    _add_plan(_command(commands, "plan", "choose how to train within a memory budget", PLAN, PLAN_EXAMPLES))
     _command(commands, "doctor", "say what this machine has and what runs on it", DOCTOR, "")
     return parser
 
@@ -177,6 +197,26 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="evaluation", metavar="DIR", help="(default: %(default)s)")
     output.add_argument("--save_images", action="store_true", help="also write each reconstruction and a comparison")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    memory = parser.add_mutually_exclusive_group(required=True)
+    memory.add_argument("--budget", metavar="BYTES", help="for activations, as 12GiB or 500MiB")
+    memory.add_argument(
+        "--card", metavar="BYTES", help="for all of the training: the budget is this less parameters, gradients, Adam states"
+    )
+    step = parser.add_argument_group("training step")
+    step.add_argument("--batch", type=_positive, default=8, metavar="N", help="images (default: %(default)s)")
+    step.add_argument(
+        "--size", type=_positive, default=256, metavar="N", help="their side in pixels, a multiple of 32 (default: %(default)s)"
+    )
+    step.add_argument("--steps", type=_positive, default=3, metavar="T", help="sampling steps (default: %(default)s)")
+    step.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="bf16", help="(default: %(default)s)")
+    step.add_argument("--model", choices=("sd15", "tiny"), default="sd15", help="(default: %(default)s)")
+    parser.add_argument(
+        "--largest", choices=("batch", "size", "steps"), help="instead: the largest that fits, all else as given"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the choices (needs matplotlib)")
 
 
 def _add_sensing(group: argparse._ArgumentGroup) -> None:

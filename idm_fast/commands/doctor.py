@@ -21,7 +21,6 @@ PACKAGES = (
 PLANNED = {
     "idm_fast.kernels": "Triton kernels",
     "idm_fast._C": "C++ and CUDA extension",
-    "idm_fast.memory.planner": "memory planner and the `plan` command",
     "idm_fast.physics.inpainting": "inpainting",
     "idm_fast.physics.mri": "MRI",
     "idm_fast.physics.ct": "CT",

@@ -183,7 +183,7 @@ def count_step(
 def count_training_step(
     make_model: Callable[[], torch.nn.Module],
     batch: int,
-    size: int,
+    size: int | tuple[int, int],
     ratio: float = 0.1,
     autocast: torch.dtype | None = torch.bfloat16,
     as_reference: bool = False,
@@ -191,20 +191,22 @@ def count_training_step(
     """Count a training step of IDM: L1 loss on `batch` images of `size`², under fake tensors; setting S is (8, 256).
 
     Args:
+        size: a side, or height and width; multiples of 32.
         make_model: builds the IDM; called under the fake tensor mode, so that full size costs no memory.
         autocast: dtype, or None for float32.
     """
     from idm_fast.physics import BlockCompressedSensing, measurements_per_block
 
     N, q = 32 * 32, measurements_per_block(ratio, 32)
+    height, width = (size, size) if isinstance(size, int) else size
     with FakeTensorMode(allow_non_fake_inputs=False):
         model = make_model()
         physics = BlockCompressedSensing.__new__(BlockCompressedSensing)
         torch.nn.Module.__init__(physics)
-        physics.image_size = (size, size)
+        physics.image_size = (height, width)
         physics.register_buffer("matrix", torch.empty(N, q))
-        physics.register_buffer("permutation", torch.empty(size * size, dtype=torch.int64))
-        x = torch.rand(batch, 1, size, size)
+        physics.register_buffer("permutation", torch.empty(height * width, dtype=torch.int64))
+        x = torch.rand(batch, 1, height, width)
 
         def forward() -> Tensor:
             context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)

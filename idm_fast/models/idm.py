@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from idm_fast.memory.planner import Planner, options_of, parse_bytes
 from idm_fast.memory.schedule import Schedule, StepSchedule, keep_for, schedule_for
 from idm_fast.models import convert
 from idm_fast.models.layers import Conv2d, Linear
@@ -42,6 +44,9 @@ class IDM(ModelMixin, ConfigMixin):
             images before each step; without it they are recovered by inversion, as published).
         stream_dtype: "float32" or "float64", what the streams of the chains inside the U-Net are kept in; None: float32 under
             autocast, and float64 outside, where inverting in float32 would add to the rounding of the network.
+        memory_budget: bytes of activations that a training step may take, as "12GiB"; then the first training step of every
+            batch, image size and autocast dtype plans the schedule with the fewest FLOP that fits (some seconds at full size)
+            and `schedule` and `keep` do not count; see `idm_fast.memory.planner`. None: no planning.
         trained_ratios, block_size, sensing_seed: what the weights were trained for, written by the trainer.
 
     Raises:
@@ -65,6 +70,7 @@ class IDM(ModelMixin, ConfigMixin):
         trained_ratios: list[float] | None = None,
         block_size: int | None = None,
         sensing_seed: int | None = None,
+        memory_budget: str | int | None = None,
     ) -> None:
         super().__init__()
         if steps < 1:
@@ -83,6 +89,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(steps))
         self._coupling = ConvexCoupling()
         self.set_schedule(schedule, keep)
+        self.memory_budget = memory_budget
 
     def set_schedule(self, schedule: str, keep: Collection[str] | None = None) -> None:
         """Choose a schedule by name with what it keeps, at any time; arguments and errors as in the constructor."""
@@ -119,6 +126,16 @@ class IDM(ModelMixin, ConfigMixin):
         if len(plan) != len(self.v):
             raise ValueError(f"plan: it has {len(plan)} steps, and the model {len(self.v)}")
         self._schedule_name, self._keep, self._keep_steps, self._plan = "planned", frozenset(), True, tuple(plan)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of activations that a training step may take; may be set as in the constructor, None to plan no more."""
+        return self._budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: str | int | None) -> None:
+        self._budget = None if budget is None else parse_bytes(budget)
+        self._planned: dict[tuple[Any, ...], Schedule] = {}
 
     @classmethod
     def tiny(cls, steps: int = 3, **overrides: Any) -> IDM:
@@ -195,10 +212,29 @@ class IDM(ModelMixin, ConfigMixin):
         aty = physics.A_adjoint(y)
         if aty.ndim != 4 or aty.shape[1] != 1 or aty.shape[2] % 4 or aty.shape[3] % 4:
             raise ValueError(f"physics: A_adjoint(y) is {tuple(aty.shape)}, expected (B, 1, H, W) with H and W multiples of 4")
+        if self._budget is not None and self.training and torch.is_grad_enabled() and values_can_be_read(self.alpha):
+            self._plan_for(aty, self._budget)
         abar = [torch.ones_like(self.alpha[0]), *self.alpha.cumprod(0).unbind()]
         x = abar[-1].sqrt() * aty
         with self._weights_cast_once(x):
             return self._sample(x, y, aty, abar, physics)
+
+    def _plan_for(self, aty: Tensor, budget: int) -> None:
+        device = aty.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        height, width = (-(-side // 32) * 32 for side in aty.shape[2:])  # what the planner counts is sensed in blocks of 32²
+        key = (aty.shape[0], height, width, autocast)
+        if key not in self._planned:
+            options = options_of(self)
+
+            def make_model(steps: int) -> IDM:
+                return type(self)(**options | {"steps": steps})
+
+            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast)
+            plan = planner.plan(len(self.v), budget)
+            self._planned[key] = plan.schedule
+            logging.getLogger(__name__).info("batch %d, %d×%d: %s; %s", *key[:3], plan.choice, plan.count)
+        self.plan = self._planned[key]
 
     def _weights_cast_once(self, x: Tensor) -> AbstractContextManager[None]:
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(x.device.type):
