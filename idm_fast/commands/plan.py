@@ -78,15 +78,13 @@ def _budget_line(budget: int, state: int) -> str:
 
 def _table(plan: Plan, budget: int) -> list[str]:
     """The kinds of uniform schedules, and the front (*): no other choice has both less memory and fewer FLOP."""
-    lines = [f"   {'memory':>11} {'TFLOP':>9} {'launches':>9}  schedule, first to last step (*: on the Pareto front)"]
+    lines = [f"   {'memory':>11} {'TFLOP':>9}  schedule, first to last step (*: on the Pareto front)"]
     rows = {choice.schedule: (choice, "*") for choice in plan.candidates}
     rows = {choice.schedule: (choice, " ") for choice in plan.uniform} | rows
     for choice, mark in sorted(rows.values(), key=lambda row: row[0].peak_bytes):
         arrow = ">" if choice is plan.choice else " "
         over = "  (over budget)" if choice.peak_bytes > budget and choice is not plan.choice else ""
-        lines.append(
-            f"{arrow}{mark} {written(choice.peak_bytes):>11} {choice.flop / 1e12:9.3f} {choice.launches:9,}  {choice}{over}"
-        )
+        lines.append(f"{arrow}{mark} {written(choice.peak_bytes):>11} {choice.flop / 1e12:9.3f}  {choice}{over}")
     return lines
 
 
@@ -112,7 +110,9 @@ def _plot(plan: Plan, budget: int, path: Path) -> None:
     axes.plot(*points(plan.candidates), "o-", markersize=4, drawstyle="steps-post", label="Pareto front")
     axes.plot(*points([plan.choice]), "*", markersize=15, label="chosen")
     axes.axvline(budget / GIB, linestyle="--", color="black", label="budget")
-    axes.set(xscale="log", xlabel="peak activations (GiB)", ylabel="TFLOP a training step")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="peak activations (GiB)", ylabel="TFLOP a training step")
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)

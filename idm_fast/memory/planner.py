@@ -63,7 +63,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule of all steps with its composed cost."""
+    """A schedule of all steps with its composed cost; `launches` lacks the additions of gradients between the steps."""
 
     steps: tuple[StepCost, ...]
     peak_bytes: int
@@ -193,9 +193,9 @@ class Planner:
         raise InputError(_cannot(budget, count.peak_bytes))
 
     def largest(self, what: str, steps: int, budget: int) -> int:
-        """The largest batch, image side (a multiple of 32) or T that fits, with the leanest schedule, counted exactly.
+        """The largest batch, image side (a multiple of 32) or T that fits, with the leanest schedule.
 
-        T is extrapolated: each further step adds the same few images.
+        Batch and side are counted exactly. T is extrapolated from 2 and 3: each further step adds the same few images.
 
         Args:
             what: "batch", "size" or "steps"; the planner's (or argument's) value of that one is ignored.

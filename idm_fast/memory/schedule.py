@@ -10,8 +10,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.utils._pytree import register_constant
-
 SCHEDULES = ("store", "flat", "two_level")
 KEEPABLE = {"store": frozenset[str](), "flat": frozenset({"attention"}), "two_level": frozenset({"attention", "steps"})}
 CHAINS = ("down 1/2", "down 1/4", "up 1/4", "up 1/2")
@@ -36,9 +34,6 @@ class ChainSchedule:
     recovery: Literal["invert", "store"] = "invert"
     keep_attention: bool = False
     feed_forward_rows: int | None = None
-
-
-register_constant(ChainSchedule)  # an argument of modules, which torch.compile must know
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_constant
 
 from idm_fast.memory.schedule import ChainSchedule, StepSchedule
 from idm_fast.models.injector import Injector
 from idm_fast.models.layers import Conv2d, Linear, layer_dtype, weights_in
 from idm_fast.ops import chunked_feed_forward, geglu, group_norm_silu, layer_norm
 from idm_fast.reversible import ChainEnd, ReversibleSequence, WiredSequence, kept, recompute
+
+register_constant(ChainSchedule)  # an argument of bodies, which torch.compile must know
 
 RESNET_EPS = 1e-5
 ATTENTION_EPS = 1e-6
