@@ -16,15 +16,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_constant
 
 from idm_fast.memory.schedule import ChainSchedule, StepSchedule
 from idm_fast.models.injector import Injector
 from idm_fast.models.layers import Conv2d, Linear, layer_dtype, weights_in
 from idm_fast.ops import chunked_feed_forward, geglu, group_norm_silu, layer_norm
 from idm_fast.reversible import ChainEnd, ReversibleSequence, WiredSequence, kept, recompute
-
-register_constant(ChainSchedule)  # an argument of bodies, which torch.compile must know
 
 RESNET_EPS = 1e-5
 ATTENTION_EPS = 1e-6
@@ -114,9 +111,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, schedule: ChainSchedule) -> Tensor:
-        x = x + self.attn1(self._normed(self.norm1, x), schedule.keep_attention)
-        return x + self.ff(self._normed(self.norm3, x), schedule.feed_forward_rows)
+    def forward(self, x: Tensor, keep_attention: bool = False, feed_forward_rows: int | None = None) -> Tensor:
+        x = x + self.attn1(self._normed(self.norm1, x), keep_attention)
+        return x + self.ff(self._normed(self.norm3, x), feed_forward_rows)
 
     @staticmethod
     def _normed(layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -135,12 +132,13 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads)])
         self.proj_out = Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, schedule: ChainSchedule) -> Tensor:
+    def forward(self, x: Tensor, keep_attention: bool = False, feed_forward_rows: int | None = None) -> Tensor:
+        """What is kept and what comes in chunks: see `ChainSchedule`."""
         B, C, height, width = x.shape
         h = self.proj_in(norm(self.norm, x, silu=False))
         h = h.permute(0, 2, 3, 1).reshape(B, height * width, C)
         for block in self.transformer_blocks:
-            h = block(h, schedule)
+            h = block(h, keep_attention, feed_forward_rows)
         h = h.reshape(B, height, width, C).permute(0, 3, 1, 2)
         return self.proj_out(h) + x
 
@@ -165,7 +163,8 @@ def side_inputs(
 ) -> dict[int, tuple[Any, ...]]:
     """What the bodies of a chain read besides a stream.
 
-    Injectors read the condition (Aᵀy, physics, t), attentions the schedule, and resnets a skip each as long as there are any.
+    Injectors read the condition (Aᵀy, physics, t), attentions what the schedule says of them, and resnets a skip each, as long
+    as there are any.
     """
     remaining = iter(skips)
     inputs: dict[int, tuple[Any, ...]] = {}
@@ -173,7 +172,7 @@ def side_inputs(
         if isinstance(body, Injector):
             inputs[i] = condition
         elif isinstance(body, SpatialTransformer):
-            inputs[i] = (schedule,)
+            inputs[i] = (schedule.keep_attention, schedule.feed_forward_rows)
         elif (skip := next(remaining, None)) is not None:
             inputs[i] = (skip,)
     return inputs

@@ -317,6 +317,6 @@ def compiled_chain(
     training = [module.training for module in modules.modules()]
     side = tree_map(lambda leaf: _NONE if leaf is None else leaf, [(call.args, call.kwargs) for call in calls])
     weighted = [v for v in weights if v is not None]
-    wanted = dict(sorted((merges or {}).items()))
+    wanted = {layer: merges[layer] for layer in sorted(merges)} if merges else {}
     y1, y2, *merged = _traced_chain(bodies, coupling, weighted, state, training, side, x1, x2, wanted, keep, body_dtype)
     return y1, y2, merged

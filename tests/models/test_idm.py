@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from idm_fast import IDM, BlockCompressedSensing
-from idm_fast.memory.schedule import ChainSchedule
 from idm_fast.models.convert import published_names
 
 SMALL = {"widths": (16, 32), "heads": 2, "norm_groups": 4, "attention": (True, True)}
@@ -227,7 +226,7 @@ def test_blocks_compute_what_diffusers_blocks_compute(stable_diffusion: Path) ->
     for block in attention.transformer_blocks:
         block.attn2 = block.norm2 = None
     own = chain.bodies[2]
-    torch.testing.assert_close(own(h, ChainSchedule()), attention(h, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own(h), attention(h, return_dict=False)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_folder_without_a_unet_is_an_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from idm_fast import IDM, BlockCompressedSensing, ReversibleSequence, WiredSequence
 from idm_fast.memory.count import AllocationCounter
+from idm_fast.memory.schedule import schedule_for
 
 SHAPE = (2, 6, 5, 4)
 
@@ -377,8 +378,11 @@ def test_idm_reconstructs_without_a_graph_break() -> None:
 def test_idm_trains_with_its_unet_compiled() -> None:
     torch.manual_seed(0)
     physics = BlockCompressedSensing((16, 16), ratio=0.25, block_size=8)
-    unet = IDM.tiny(steps=1, widths=(16, 16), stream_dtype="float64").unet.double()
+    unet = IDM.tiny(steps=1, widths=(16, 16), attention=(True, True), stream_dtype="float64").unet.double()
+    inverted, stored = (schedule_for(name, None, 1)[0] for name in ("flat", "store"))
     aty = physics.A_adjoint(physics.A(torch.rand(1, 1, 16, 16))).double()
     physics.double()
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    compare(unet, lambda f: f(x, aty, physics, 1).square().sum(), [])
+    expected = torch.autograd.grad(unet(x, aty, physics, 1, stored).square().sum(), list(unet.parameters()))
+    found = torch.autograd.grad(compiled(unet)(x, aty, physics, 1, inverted).square().sum(), list(unet.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
