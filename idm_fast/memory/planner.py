@@ -33,7 +33,6 @@ KINDS: Mapping[str, StepSchedule] = {
     "inverted, feed-forward in chunks, attention kept": StepSchedule.uniform(False, _LEAN_KEPT),
     "inverted, attention kept": StepSchedule.uniform(False, _KEPT),
     "inverted, attention and what is between kept": StepSchedule(False, False, (_KEPT, _KEPT, _KEPT, _KEPT)),
-    "first low-resolution chain stored": StepSchedule(False, False, (_KEPT, _STORED, _KEPT, _KEPT)),
     "low resolution stored": StepSchedule(False, False, (_KEPT, _STORED, _STORED, _KEPT)),
     "all but the last chain stored": StepSchedule(False, False, (_STORED, _STORED, _STORED, _KEPT)),
     "stored": STORED_STEP,
