@@ -107,7 +107,7 @@ def test_float32_output_agrees_to_1e_4_and_every_gradient_to_1e_3_of_its_norm(
 
 @pytest.mark.slow
 def test_float32_streams_agree_to_1e_3_of_the_norm_of_all_gradients(published: IDM, data: dict[str, np.ndarray]) -> None:
-    """Inverting in float32 adds up to 2e-3 to two scalars whose own gradients cancel to 1e-4; together it is rounding."""
+    """Inverting in float32 adds up to 5e-3 to two scalars whose own gradients cancel to 1e-4; together it is rounding."""
     published.float().set_schedule("two_level")
     chains = [module for module in published.modules() if isinstance(module, ReversibleSequence)]
     for chain in chains:
