@@ -11,7 +11,8 @@ behave as in plain autograd.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -39,7 +40,7 @@ def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
     """function(*inputs), its results stored by the reversible layer around it instead of being computed again in backward.
 
     For what is dear to compute and small to keep, such as attention; the inputs are recomputed as ever. Outside of a
-    reversible layer and of `recompute`, and under torch.compile, this is function(*inputs).
+    reversible layer and of `recompute`, and in a compiled `recompute`, this is function(*inputs).
 
     Args:
         function: returns a tensor, or a tuple of them. It must reach nothing that carries a graph besides its inputs.
@@ -47,6 +48,16 @@ def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
     """
     keeper = None if torch.compiler.is_dynamo_compiling() else _keeper.get()
     return function(*inputs) if keeper is None else cast(Result, keeper(function, inputs))
+
+
+@contextmanager
+def keeping(keeper: Callable[..., Any] | None) -> Iterator[None]:
+    """Within, `kept(function, *inputs)` is keeper(function, inputs); None: function(*inputs)."""
+    token = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
 
 
 def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = True, **kwargs: Any) -> Tensor:
@@ -153,12 +164,8 @@ class Segment:
     def run(self) -> Tensor:
         """The result, recorded, with everything that autograd would store dropped."""
         self._context = self._capture()
-        token = _keeper.set(self._keep)
-        try:
-            with saved_tensors_hooks(self._drop, self._restore):
-                result = self._call(self.tensors)
-        finally:
-            _keeper.reset(token)
+        with keeping(self._keep), saved_tensors_hooks(self._drop, self._restore):
+            result = self._call(self.tensors)
         if [tensor._version for tensor in self.stored] != self._stored_versions:
             raise RuntimeError(f"{self.name} changed in place what `kept` returned; use the operation that is not in place")
         return result
@@ -192,14 +199,11 @@ class Segment:
             return tree_unflatten(results, call.spec)
 
         leaves = {p: t.detach().requires_grad_(self._needs_grad[p]) for p, t in tensors.items()}
-        token = _keeper.set(keep)
         try:
-            with self._context.put_back(self._module), torch.enable_grad(), saved_tensors_hooks(refill, _never):
+            with keeping(keep), self._context.put_back(self._module), torch.enable_grad(), saved_tensors_hooks(refill, _never):
                 result = self._call(leaves).detach() if self._holders or result_wanted else torch.empty(0)
         except _Filled:
             return torch.empty(0)
-        finally:
-            _keeper.reset(token)
         if position != len(self._holders):
             raise different
         return result
@@ -236,12 +240,8 @@ class Segment:
             sources.append((number is not None, self._store(tensor) if number is None else number, geometry))
             return self._drop(tensor)
 
-        token = _keeper.set(None)
-        try:
-            with saved_tensors_hooks(drop, self._restore):
-                results, spec = tree_flatten(function(*inputs))
-        finally:
-            _keeper.reset(token)
+        with keeping(None), saved_tensors_hooks(drop, self._restore):
+            results, spec = tree_flatten(function(*inputs))
         returned = [(self._store(result), result.requires_grad) for result in results]
         self._kept_calls.append(_KeptCall(sources, returned, spec))
         return tree_unflatten(results, spec)
