@@ -24,6 +24,7 @@ from torch import Tensor
 
 from idm_fast.reversible.coupling import Coupling
 from idm_fast.reversible.drift import Drift
+from idm_fast.reversible.replay import norm_buffers_kept
 from idm_fast.reversible.segment import Segment, being_compiled
 from idm_fast.reversible.streams import FixedStreams, Streams, as_streams
 
@@ -281,19 +282,24 @@ def reversible_chain(
         chain.starts_scaled = bool(calls) and not keep
         x2 = cast(Tensor, _Start.apply(chain, x1, input_scale)) if chain.starts_scaled else x1 * input_scale.to(x1.dtype)
     x1, x2 = chain.kind.begin(x1, x2)
-    for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
-        body = _Body(index, call.body, body_dtype)
-        layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
-        layers.append(layer)
-        F = layer.run()
-        if drift is not None:
-            drift.keep(x2)
-        x1, x2 = _Couple.apply(chain, index, keep, F, x1, x2, v), x1
-        if merges and index in merges:
-            m = merges[index]
-            merged.append(_merge(x1, x2, m) if keep else _Merge.apply(chain, index, x1, x2, m))
-        layer.tensors.pop(0)  # let go of x1
-    y1, y2, *merged = _End.apply(chain, x1, x2, *merged)
+    try:
+        for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
+            body = _Body(index, call.body, body_dtype)
+            layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
+            layers.append(layer)
+            F = layer.run()
+            if drift is not None:
+                drift.keep(x2)
+            x1, x2 = _Couple.apply(chain, index, keep, F, x1, x2, v), x1
+            if merges and index in merges:
+                m = merges[index]
+                merged.append(_merge(x1, x2, m) if keep else _Merge.apply(chain, index, x1, x2, m))
+            layer.tensors.pop(0)  # let go of x1
+        y1, y2, *merged = _End.apply(chain, x1, x2, *merged)
+    except BaseException:
+        for layer in layers:
+            layer.release()  # x1 leads to the chain, and the chain to its layers: a circle that Python cannot collect
+        raise
     return y1, y2, merged
 
 
@@ -337,6 +343,7 @@ def invert_chain(
     streams = as_streams(coupling)
     for index in reversed(range(len(calls))):
         call = calls[index]
-        F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
+        with norm_buffers_kept(call.body):
+            F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
         y1, y2 = y2, streams.inverse(index, y1, F, weights[index])
     return y1, y2

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -106,11 +106,59 @@ class _Holder:
 
 
 @dataclass(frozen=True)
+class _View:
+    """A tensor that `kept` need not store, for it lies within one of its inputs.
+
+    Attributes:
+        number: of the input. strides: of the input.
+        size, stride, offset: of the tensor; the offset is from the input's first element.
+    """
+
+    number: int
+    strides: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @torch.no_grad()
+    def of(self, inputs: Sequence[Tensor]) -> Tensor:
+        source = inputs[self.number]
+        if source.stride() != self.strides:  # a recovered stream need not lie in memory as the first one did
+            source = source.new_empty_strided(source.shape, self.strides).copy_(source)
+        return source.as_strided(self.size, self.stride, source.storage_offset() + self.offset)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in memory: its storage, and its first and last element there."""
+
+    storage: int
+    dtype: torch.dtype
+    first: int
+    last: int
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Place:
+        first = int(t.storage_offset())
+        last = first + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        return cls(t.untyped_storage()._cdata, t.dtype, first, last, t.stride())
+
+
+def _view_within(places: Sequence[_Place], tensor: Tensor) -> _View | None:
+    """`tensor` as a view of one of the inputs that lie at `places`."""
+    own = _Place.of(tensor)
+    for number, place in enumerate(places):
+        if own[:2] == place[:2] and place.first <= own.first and own.last <= place.last:
+            return _View(number, place.strides, tuple(tensor.shape), own.strides, own.first - place.first)
+    return None
+
+
+@dataclass(frozen=True)
 class _KeptCall:
     """One use of `kept`: where its graph finds the tensors that it wants, and what it returned."""
 
-    sources: list[tuple[bool, int, tuple[Any, ...]]]
-    """(whether an input, number of the input or of a stored tensor, its sizes, strides and offset)."""
+    sources: list[_View | int]
+    """Views of inputs, and numbers of stored tensors."""
     results: list[tuple[int, bool]]
     """(number of a stored tensor, requires_grad)."""
     spec: TreeSpec
@@ -194,8 +242,8 @@ class Segment:
             if call is None:
                 raise different
             results = [stored[number].detach().requires_grad_(needs_grad) for number, needs_grad in call.results]
-            for is_input, number, geometry in call.sources:
-                refill(inputs[number].as_strided(*geometry) if is_input else stored[number])
+            for source in call.sources:
+                refill(source.of(inputs) if isinstance(source, _View) else stored[source])
             return tree_unflatten(results, call.spec)
 
         leaves = {p: t.detach().requires_grad_(self._needs_grad[p]) for p, t in tensors.items()}
@@ -222,22 +270,22 @@ class Segment:
         if holder not in self._refilled:
             raise RuntimeError(
                 f"backward entered {self.name} before its result; a part that is run again may pass tensors to the loss "
-                "through its return value only"
+                "through its return value only, and with retain_graph=True read ctx.saved_tensors once a backward"
             )
         tensor, version = self._refilled[holder]
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # the holder stays, for a next time that refills it
+            del self._refilled[holder]
         if tensor._version != version:
             raise RuntimeError(f"{self.name} changed in place a tensor that its backward needs, as plain autograd would say")
         return tensor
 
     def _keep(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """`kept` in the first run: what the function saves and returns is an input or is stored."""
-        sources: list[tuple[bool, int, tuple[Any, ...]]] = []
-        numbers = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(inputs)}
+        sources: list[_View | int] = []
+        places = [_Place.of(tensor) for tensor in inputs]  # autograd holds on to `drop`, which must not hold on to the inputs
 
         def drop(tensor: Tensor) -> _Holder:
-            number = numbers.get(tensor.untyped_storage()._cdata)
-            geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
-            sources.append((number is not None, self._store(tensor) if number is None else number, geometry))
+            sources.append(_view_within(places, tensor) or self._store(tensor))
             return self._drop(tensor)
 
         with keeping(None), saved_tensors_hooks(drop, self._restore):

@@ -73,7 +73,7 @@ class FloatStreams:
 
     def begin_backward(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         y1, y2 = stored
-        return y1, y2
+        return y1.detach(), y2.detach()  # whose graph leads to whoever keeps them
 
     def value(self, kept: Tensor) -> Tensor:
         return kept
