@@ -1,3 +1,3 @@
 """The cases, one a file, in the order in which they are run and reported."""
 
-ORDER = ("memory", "training_step", "inference", "kernels", "reversible_layers", "numerics", "quality", "scaling")
+ORDER = ("parity", "memory", "training_step", "inference", "kernels", "reversible_layers", "numerics", "quality", "scaling")
