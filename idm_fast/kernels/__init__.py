@@ -38,7 +38,7 @@ def device_types() -> tuple[str, ...]:
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """The function that launches the kernels of each op, by the op's name; imports Triton."""
-    from idm_fast.kernels import couple, geglu, group_norm_silu, inject, project
+    from idm_fast.kernels import couple, geglu, group_norm_silu, inject, layer_norm, project
 
     return {
         "couple": couple.couple,
@@ -54,6 +54,8 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "inject_read_backward": inject.inject_read_backward,
         "inject_write": inject.inject_write,
         "inject_write_backward": inject.inject_write_backward,
+        "layer_norm": layer_norm.layer_norm,
+        "layer_norm_backward": layer_norm.layer_norm_backward,
         "measure": project.measure,
         "adjoint": project.adjoint,
         "gram": project.gram,

@@ -29,6 +29,8 @@ TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("geglu", torch.float64, None): Configuration(512, 8),
     ("group_norm", None, None): Configuration(4096, 8),
     ("group_norm", torch.float64, None): Configuration(2048, 8),
+    ("layer_norm", None, None): Configuration(2048, 4),
+    ("layer_norm", torch.float64, None): Configuration(1024, 4),
     ("inject", None, None): Configuration(2048, 8),
     ("project", None, None): Configuration(512, 4),
     ("project", torch.float64, None): Configuration(256, 4),

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idm_fast.kernels import couple, geglu, group_norm_silu, inject, project
+from idm_fast.kernels import couple, geglu, group_norm_silu, inject, layer_norm, project
 from idm_fast.kernels.launch import Launch, recording
 
 ARCHITECTURES = (80, 90, 100)
@@ -86,6 +86,15 @@ def _norm(
     return call
 
 
+def _layer_norm(dtype: torch.dtype, out: torch.dtype, C: int = 320) -> Callable[[], Any]:
+    def call() -> None:
+        x, w = meta(8, 16384, C, dtype=dtype), meta(C, dtype=torch.promote_types(dtype, torch.float32))
+        y, mean, rstd = layer_norm.layer_norm(x, w, w, 1e-5, out)
+        layer_norm.layer_norm_backward(y, x, w, w, mean, rstd)
+
+    return call
+
+
 def _injector(dtype: torch.dtype, channels: int, side: int, r: int) -> Callable[[], Any]:
     def call() -> None:
         h, image = meta(8, channels, side, side, dtype=dtype), meta(8, 1, side * r, side * r, dtype=dtype)
@@ -133,6 +142,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "bf16, ratio 0.1": _projection(_BF16, 103),
     "fp32, ratio 0.1": _projection(_FP32, 103),
     "fp64, ratio 0.1": _projection(_FP64, 103),
+    "bf16, C = 640": _layer_norm(_BF16, _BF16, 640),
+    "fp32 to bf16, C = 320": _layer_norm(_FP32, _BF16),
+    "fp64, C = 320": _layer_norm(_FP64, _FP64),
     "fp64, silu, NCHW": _norm(_FP64, _FP64, True, _NCHW),
 }
 

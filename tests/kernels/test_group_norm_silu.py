@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import LAYOUTS, assert_parity, draw, run
+from parity import LAYOUTS, around_100, assert_parity, draw, run
 from torch import Tensor
 
 from idm_fast import ops
@@ -94,11 +94,18 @@ def test_parity_in_channels_last_over_several_tiles(device: str) -> None:
     assert_both_ways("triton", x, dout, 5, True)
 
 
+@pytest.mark.parametrize("groups", [3, 42])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_digits_are_kept_on_a_mean_of_100_and_a_deviation_of_a_hundredth(device: str, layout: str) -> None:
-    x = (draw(2, 6, 40, 40, dtype=torch.float64, device=device, layout=layout) * 0.01 + 100).float()
-    dout = draw(2, 6, 40, 40, dtype=torch.float32, device=device, seed=5)
-    assert_both_ways("triton", x, dout, 3, True)
+def test_digits_are_kept_on_a_mean_of_100_and_a_deviation_of_a_hundredth(device: str, layout: str, groups: int) -> None:
+    """With a channel a group, the mean of a tile shows; with 14, how means are merged."""
+    x = around_100(1, 42, 336, device=device).unflatten(2, (14, 24))
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    found = run("group_norm_silu", "triton", forward_arguments(x, groups, True, torch.float32))[1]
+    exact = x.double().unflatten(1, (groups, -1)).mean((2, 3, 4))
+    half_a_unit = torch.finfo(torch.float32).eps * 64 / 2
+    assert (found - exact).abs().max() <= half_a_unit * 1.01  # of the rounding itself, and of nothing before it
+    dout = draw(1, 42, 14, 24, dtype=torch.float32, device=device, seed=5)
+    assert_both_ways("triton", x, dout, groups, True)
 
 
 @pytest.mark.parametrize("outlier", [1e4, -1e4])

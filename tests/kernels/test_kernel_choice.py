@@ -58,7 +58,7 @@ def test_the_interpreter_is_never_chosen_unasked() -> None:
 
 
 WITHOUT_KERNELS = {
-    *("layer_norm", "layer_norm_backward", "pack_bits", "unpack_bits", "to_fixed", "from_fixed"),
+    *("pack_bits", "unpack_bits", "to_fixed", "from_fixed"),
     *("fixed_add", "fixed_couple", "fixed_decouple", "fixed_uncouple"),
 }
 
