@@ -15,10 +15,11 @@ import torch
 
 @dataclass(frozen=True)
 class Configuration:
-    """Elements that one program handles, and its warps (of 32 threads)."""
+    """Elements that one program handles, its warps (of 32 threads), and whether a·b + c may be rounded once, not twice."""
 
     elements: int
     warps: int
+    fused: bool = True
 
 
 TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
@@ -31,6 +32,8 @@ TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("group_norm", torch.float64, None): Configuration(2048, 8),
     ("layer_norm", None, None): Configuration(2048, 4),
     ("layer_norm", torch.float64, None): Configuration(1024, 4),
+    ("bits", None, None): Configuration(4096, 4),
+    ("fixed", None, None): Configuration(1024, 8, fused=False),  # equal to the reference in every bit
     ("inject", None, None): Configuration(2048, 8),
     ("project", None, None): Configuration(512, 4),
     ("project", torch.float64, None): Configuration(256, 4),

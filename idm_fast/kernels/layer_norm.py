@@ -59,7 +59,7 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dout, x, weight, mean, rstd, dx, sums, rows, C, dout_stride, stride, tiles, part, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """dx of `tiles`·ROWS rows, contiguous; Σ dout·x̂ and, `part` elements behind it, Σ dout over these rows, to (2, programs, C)."""
+    """dx of `tiles`·ROWS rows, contiguous; Σ dout·x̂ and, `part` elements behind it, Σ dout of them, to (2, programs, C)."""
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, column < C, other=0.0).to(mean.dtype.element_ty)
     with_x = tl.zeros((ROWS, BLOCK), w.dtype)

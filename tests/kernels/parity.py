@@ -16,7 +16,7 @@ LAYOUTS = ("contiguous", "channels_last", "strided", "expanded", "unaligned", "t
 def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0, layout: str = "contiguous") -> Tensor:
     """A normal tensor of `shape` that lies in memory as `layout` says; "expanded" repeats its first image."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
