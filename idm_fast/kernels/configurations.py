@@ -21,6 +21,11 @@ class Configuration:
     warps: int
     fused: bool = True
 
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        """The same in the compiler's terms."""
+        return {"num_warps": self.warps, "enable_fp_fusion": self.fused}
+
 
 TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("couple", None, None): Configuration(1024, 8),
