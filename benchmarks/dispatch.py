@@ -25,7 +25,7 @@ from idm_fast.kernels import couple, geglu, group_norm_silu, launch, layer_norm,
 from idm_fast.ops import registry
 
 
-def microseconds(call: Callable[[], Any], calls: int = 300, repetitions: int = 30) -> float:
+def microseconds(call: Callable[[], Any], calls: int = 100, repetitions: int = 300) -> float:
     """Least time of one call."""
     times = []
     for _ in range(repetitions):
