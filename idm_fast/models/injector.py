@@ -37,5 +37,5 @@ class Injector(nn.Module):
     def forward(self, h: Tensor, aty: Tensor, physics: Any, t: int) -> Tensor:
         """(B, C, H/r, W/r) → the same; `aty` (B, 1, H, W) in h's dtype, t in 1 … T."""
         read, write = cast(nn.Conv2d, self.read[t - 1]), cast(nn.Conv2d, self.write[t - 1])
-        z = ops.inject_read(h, read.weight, cast(Tensor, read.bias), self.r)
+        z, h = ops.inject_read_through(h, read.weight, cast(Tensor, read.bias), self.r)
         return ops.inject_write(h, z, gram(physics, z), aty, write.weight, cast(Tensor, write.bias), self.r)

@@ -140,7 +140,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, keep_attention, feed_forward_rows)
         h = h.reshape(B, height, width, C).permute(0, 3, 1, 2)
-        return self.proj_out(h) + x
+        return x + self.proj_out(h)  # in the format of x, the first operand
 
 
 class Level:

@@ -4,7 +4,8 @@
     write: out = h + PixelUnshuffle_r(Conv1x1([z, AᵀA z, Aᵀy]))
 
 Both are contractions over channels at low resolution: PixelShuffle then 1×1 to one channel sums C/r² channels and shuffles
-r² planes; 1×1 then PixelUnshuffle spreads the unshuffled 3·r² planes over the channels. h is (B, C, H/r, W/r) with C = c·r².
+r² planes; 1×1 then PixelUnshuffle spreads the unshuffled 3·r² planes over the channels. h is (B, C, H/r, W/r) with C = c·r²,
+in any memory format; what has its shape has its format too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -25,7 +28,8 @@ def _features(h: Tensor, r: int) -> Tensor:
 
 def _planes(images: Tensor, r: int) -> Tensor:
     """(B, k, H, W) as (B, k, r²·h·w): the order that PixelUnshuffle gives the positions."""
-    return F.pixel_unshuffle(images, r).reshape(images.shape[0], images.shape[1], -1)
+    B, k, H, W = images.shape
+    return images.reshape(B, k, H // r, r, W // r, r).permute(0, 1, 3, 5, 2, 4).reshape(B, k, H * W)
 
 
 def inject_read_reference(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> Tensor:
@@ -34,10 +38,13 @@ def inject_read_reference(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> Te
     return F.pixel_shuffle(z.view(B, r * r, height, width), r)
 
 
-def inject_read_backward_reference(dz: Tensor, h: Tensor, weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def inject_read_backward_reference(
+    dz: Tensor, h: Tensor, weight: Tensor, r: int, through: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     planes = _planes(dz, r)
-    dh = torch.matmul(weight.to(h.dtype).reshape(-1, 1), planes).view(h.shape)
+    dh = laid_out_like(torch.matmul(weight.to(h.dtype).reshape(-1, 1), planes).view(h.shape), h)
     dw = torch.matmul(_features(h, r), planes.transpose(1, 2)).sum(0)
+    dh = dh if through is None else dh.add_(through)
     return dh, dw.to(weight.dtype).reshape(weight.shape), dz.sum().to(weight.dtype).reshape(1)
 
 
@@ -46,7 +53,7 @@ def inject_write_reference(
 ) -> Tensor:
     planes = _planes(torch.cat([z, gz, aty], dim=1), r)
     out = torch.matmul(weight.to(h.dtype).flatten(1), planes).add_(bias.to(h.dtype)[:, None])
-    return out.view(h.shape).add_(h)
+    return laid_out_like(out.view(h.shape), h).add_(h)
 
 
 def inject_write_backward_reference(
@@ -67,8 +74,8 @@ def _fake_read(h, weight, bias, r):
     return h.new_empty(B, 1, height * r, width * r)
 
 
-def _fake_read_backward(dz, h, weight, r):
-    return h.new_empty(h.shape), torch.empty_like(weight), weight.new_empty(1)
+def _fake_read_backward(dz, h, weight, r, through):
+    return torch.empty_like(h), torch.empty_like(weight), weight.new_empty(1)
 
 
 def _fake_write_backward(dout, z, gz, aty, weight, r):
@@ -80,14 +87,14 @@ inject_read_op = define_op(
     "inject_read(Tensor h, Tensor weight, Tensor bias, int r) -> Tensor", inject_read_reference, _fake_read
 )
 inject_read_backward_op = define_op(
-    "inject_read_backward(Tensor dz, Tensor h, Tensor weight, int r) -> (Tensor, Tensor, Tensor)",
+    "inject_read_backward(Tensor dz, Tensor h, Tensor weight, int r, Tensor? through) -> (Tensor, Tensor, Tensor)",
     inject_read_backward_reference,
     _fake_read_backward,
 )
 inject_write_op = define_op(
     "inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, int r) -> Tensor",
     inject_write_reference,
-    lambda h, z, gz, aty, weight, bias, r: h.new_empty(h.shape),
+    lambda h, z, gz, aty, weight, bias, r: torch.empty_like(h),
 )
 inject_write_backward_op = define_op(
     "inject_write_backward(Tensor dout, Tensor z, Tensor gz, Tensor aty, Tensor weight, int r)"
@@ -103,7 +110,7 @@ def _setup_read(ctx, inputs, output) -> None:
 
 
 def _gradient_read(ctx, dz: Tensor):
-    return *inject_read_backward_op(dz, *ctx.saved_tensors, ctx.r), None
+    return *inject_read_backward_op(dz, *ctx.saved_tensors, ctx.r, None), None
 
 
 def _setup_write(ctx, inputs, output) -> None:
@@ -132,7 +139,7 @@ def _flop_read(h, weight, bias, r, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.idm_fast.inject_read_backward)
-def _flop_read_backward(dz, h, weight, r, *args, out_shape=None, **kwargs) -> int:
+def _flop_read_backward(dz, h, weight, r, through, *args, out_shape=None, **kwargs) -> int:
     return 4 * _numel(h)
 
 
@@ -158,6 +165,31 @@ def inject_read(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> Tensor:
     """
     _check(h, weight, weight.shape[1], r)
     return inject_read_op(h, weight, bias, r)
+
+
+class _ReadThrough(torch.autograd.Function):
+    """(z, h): what comes back to both reaches h in one pass over it, where autograd would make two gradients and add them."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        ctx.r = r
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight)
+        return inject_read_op(h, weight, bias, r), h.view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz: Tensor | None, dh: Tensor | None):
+        if dz is None:
+            return dh, None, None, None
+        h, weight = ctx.saved_tensors
+        return *inject_read_backward_op(dz, h, weight, ctx.r, dh), None
+
+
+def inject_read_through(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """`inject_read`, and h again, for whatever uses h besides. Arguments and errors as there."""
+    _check(h, weight, weight.shape[1], r)
+    return _ReadThrough.apply(h, weight, bias, r)
 
 
 def inject_write(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, r: int) -> Tensor:

@@ -89,6 +89,17 @@ def test_parity_in_every_layout(device: str, layout: str, dout_layout: str) -> N
         assert_both_ways(implementation, x, dout, 3, True)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_and_gradient_lie_in_memory_as_the_input_does(device: str, layout: str, implementation: str) -> None:
+    x = draw(2, 6, 7, 9, dtype=torch.float32, device=device, layout=layout)
+    dout = draw(2, 6, 7, 9, dtype=torch.float32, device=device, seed=5)
+    expected = torch.empty_like(x).stride()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert run("group_norm_silu", implementation, forward_arguments(x, 3, True, dtype))[0].stride() == expected
+    assert run("group_norm_silu_backward", implementation, backward_arguments(dout, x, 3, True))[0].stride() == expected
+
+
 def test_parity_in_channels_last_over_several_tiles(device: str) -> None:
     x, dout = (draw(1, 70, 7, 11, dtype=torch.float32, device=device, seed=s, layout="channels_last") for s in (0, 5))
     assert_both_ways("triton", x, dout, 5, True)

@@ -26,7 +26,7 @@ def arguments(name: str, h: Tensor, r: int) -> tuple:
     bias = [draw(n, dtype=parameter, device=device, seed=7) for n in (1, c)]
     return {
         "inject_read": (h, read, bias[0], r),
-        "inject_read_backward": (images[0], h, read, r),
+        "inject_read_backward": (images[0], h, read, r, draw(*h.shape, dtype=h.dtype, device=device, seed=9)),
         "inject_write": (h, *images, write, bias[1], r),
         "inject_write_backward": (h, *images, write, r),
     }[name]
@@ -58,9 +58,21 @@ def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
         assert_parity(name, implementation, given, scales(name, given))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("r", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", OPS)
-def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str) -> None:
-    outputs = run(name, "triton", arguments(name, torch.empty(0, 12, 2, 2, device=device), 2))
+def test_parity_in_channels_last_which_is_kept(device: str, name: str, r: int, implementation: str) -> None:
+    h = draw(1, 3 * r * r, 5, 17, dtype=torch.float32, device=device, layout="channels_last")
+    given = arguments(name, h, r)
+    assert_parity(name, implementation, given, scales(name, given))
+    if name in ("inject_read_backward", "inject_write"):
+        assert run(name, implementation, given)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str, implementation: str) -> None:
+    outputs = run(name, implementation, arguments(name, torch.empty(0, 12, 2, 2, device=device), 2))
     assert all(t.shape[0] == 0 or not t.any() for t in outputs)
 
 

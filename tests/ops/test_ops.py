@@ -85,7 +85,7 @@ def backward_cases() -> dict[str, tuple]:
         "uncouple_": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
         "geglu_backward": (draw(3, 5), draw(3, 10)),
         "group_norm_silu_backward": (draw(2, 6, 5, 3, seed=4), x_norm, draw(6), draw(6, seed=1), *statistics, 3, True),
-        "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2),
+        "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2, draw(B, 8, H // 2, W // 2, seed=4)),
         "inject_write_backward": (h, x, x, x, draw(2, 3, 1, 1), 2),
         "layer_norm_backward": (
             draw(2, 3, 6, seed=4), draw(2, 3, 6), draw(6), draw(6, seed=1), draw(2, 3, 1), draw(2, 3, 1, seed=1)
