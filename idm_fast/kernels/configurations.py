@@ -40,6 +40,7 @@ TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("bits", None, None): Configuration(4096, 4),
     ("fixed", None, None): Configuration(1024, 8, fused=False),  # equal to the reference in every bit
     ("inject", None, None): Configuration(2048, 8),
+    ("inject_couple_backward", None, None): Configuration(512, 4),
     ("project", None, None): Configuration(512, 4),
     ("project", torch.float64, None): Configuration(256, 4),
     ("project", torch.float32, 100): Configuration(512, 8),  # with 4 warps, the assembler spills two registers there

@@ -267,7 +267,8 @@ def group_norm_silu(
     exact_dtype, device = arithmetic_dtype(x.dtype), x.device
     mean, rstd = (torch.empty(B, groups, dtype=exact_dtype, device=device) for _ in range(2))
     if x.numel() == 0:
-        return torch.empty_like(given, dtype=dtype), mean.zero_(), rstd.fill_(torch.nan)  # no element has no variance; as torch.native_group_norm
+        # no element has no variance; as torch.native_group_norm
+        return torch.empty_like(given, dtype=dtype), mean.zero_(), rstd.fill_(torch.nan)
     weight, bias, cut = weight.contiguous(), bias.contiguous(), tiling(x)
     means, squares = torch.empty(2, B, C, cut.chunks, dtype=exact_dtype, device=device)
     launch(statistics_kernel, cut.programs, x, means, squares, C, S, *x.stride(), **cut.sides, configuration=cut.plan)

@@ -7,6 +7,9 @@ side, all of them) at a block of positions, for all c: what it needs of the imag
 
     read:  z = Σ_c weight_c·h + bias                   backward: dh = weight_c·dz + through,  dweight_c = Σ h·dz,  dbias = Σ dz
     write: out = h + Σ_k weight_ck·image_k + bias_c    backward: dimage_k = Σ_c weight_ck·dout,  dweight_ck = Σ dout·image_k
+    couple: y1 = (1−v)·out + v·x2                      backward: dh = dout = (1−v)·d1,  dx2 = v·d1,  dv = Σ d1·(x2 − out)
+
+The last makes `out` on the fly, forward and backward, and recovers x2 from y1 on the way back where that is wanted.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idm_fast.kernels.arithmetic import arithmetic_dtype, exact
+from idm_fast.kernels.arithmetic import arithmetic_dtype, divide, exact
 from idm_fast.kernels.configurations import Configuration, configuration
 from idm_fast.kernels.cost import Cost, size
 from idm_fast.kernels.couple import laid_out
@@ -56,6 +59,13 @@ def of_channels(weight, c, C, step: tl.constexpr, k: tl.constexpr):
 def of_pixels(image, pixel, there):
     """The image at a program's pixels, (1, PP, BS)."""
     return exact(tl.load(image + pixel, there, other=0.0))
+
+
+@triton.jit
+def written(weight, bias, p0, p1, p2, c, C):
+    """Σ_k weight_ck·image_k + bias_c, (BC, PP, BS)."""
+    total = of_channels(weight, c, C, 3, 0) * p0 + of_channels(weight, c, C, 3, 1) * p1
+    return total + (of_channels(weight, c, C, 3, 2) * p2 + of_channels(bias, c, C, 1, 0))
 
 
 @triton.jit
@@ -112,9 +122,29 @@ def write_fwd_kernel(
         c = done + tl.arange(0, BC)
         mask = (c < C)[:, None, None] & there
         value = exact(tl.load(tile(h, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
-        value += of_channels(weight, c, C, 3, 0) * p0 + of_channels(weight, c, C, 3, 1) * p1
-        value += of_channels(weight, c, C, 3, 2) * p2 + of_channels(bias, c, C, 1, 0)
-        tl.store(tile(out, b, c, plane, s, h_b, h_c, h_s, R), value, mask)
+        out_value = value + written(weight, bias, p0, p1, p2, c, C)
+        tl.store(tile(out, b, c, plane, s, h_b, h_c, h_s, R), out_value, mask)
+
+
+@triton.jit
+def couple_inject_fwd_kernel(
+    h, image0, image1, image2, weight, bias, x2, v, y1, C, S, W, h_b, h_c, h_s,
+    R: tl.constexpr, PP: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """y1 of some planes, with the formula of torch.lerp; all features lie in memory as h does."""
+    b, plane, s, pixel, there = place_of(S, W, R, PP, BS)
+    p0 = of_pixels(image0, pixel, there)
+    p1 = of_pixels(image1, pixel, there)
+    p2 = of_pixels(image2, pixel, there)
+    for done in range(0, C, BC):
+        c = done + tl.arange(0, BC)
+        mask = (c < C)[:, None, None] & there
+        x = exact(tl.load(tile(x2, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
+        value = exact(tl.load(tile(h, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
+        f = (value + written(weight, bias, p0, p1, p2, c, C)).to(x.dtype)
+        w = tl.load(v).to(x.dtype)
+        y = tl.where(w < 0.5, f + w * (x - f), x - (1 - w) * (x - f))
+        tl.store(tile(y1, b, c, plane, s, h_b, h_c, h_s, R), y, mask)
 
 
 @triton.jit
@@ -154,6 +184,51 @@ def write_bwd_kernel(
 
 
 @triton.jit
+def couple_inject_bwd_kernel(
+    stream, d1, h, image0, image1, image2, weight, bias, v, x2, dh, dx2, dimage0, dimage1, dimage2, dweights, dbiases, dvs,
+    C, S, W, h_b, h_c, h_s, INVERT: tl.constexpr, R: tl.constexpr, PP: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """dh, dx2 and the gradients of the images at some planes, and this program's part of dweight, dbias and dv (programs,).
+
+    `stream` holds x2; with INVERT it holds y1, and x2 is recovered and stored on the way.
+    """
+    b, plane, s, pixel, there = place_of(S, W, R, PP, BS)
+    p0 = of_pixels(image0, pixel, there)
+    p1 = of_pixels(image1, pixel, there)
+    p2 = of_pixels(image2, pixel, there)
+    w = exact(tl.load(v)).to(exact(tl.load(stream)).dtype)
+    g0 = tl.zeros((1, PP, BS), p0.dtype)
+    g1 = tl.zeros((1, PP, BS), p0.dtype)
+    g2 = tl.zeros((1, PP, BS), p0.dtype)
+    part = tl.zeros((1, PP, BS), w.dtype)
+    for done in range(0, C, BC):
+        c = done + tl.arange(0, BC)
+        mask = (c < C)[:, None, None] & there
+        x = exact(tl.load(tile(stream, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
+        d = exact(tl.load(tile(d1, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
+        value = exact(tl.load(tile(h, b, c, plane, s, h_b, h_c, h_s, R), mask, other=0.0))
+        f = (value + written(weight, bias, p0, p1, p2, c, C)).to(x.dtype)
+        part += tl.sum(d * (x - f), 0)[None, :, :]
+        if INVERT:
+            tl.store(tile(x2, b, c, plane, s, h_b, h_c, h_s, R), divide(x + (w - 1) * f, w), mask)
+        tl.store(tile(dx2, b, c, plane, s, h_b, h_c, h_s, R), w * d, mask)
+        g = (1 - w) * d
+        tl.store(tile(dh, b, c, plane, s, h_b, h_c, h_s, R), g, mask)
+        g = g.to(p0.dtype)
+        g0 += tl.sum(of_channels(weight, c, C, 3, 0) * g, 0)[None, :, :]
+        g1 += tl.sum(of_channels(weight, c, C, 3, 1) * g, 0)[None, :, :]
+        g2 += tl.sum(of_channels(weight, c, C, 3, 2) * g, 0)[None, :, :]
+        store_weight_parts(dweights, dbiases, g, p0, p1, p2, c, C)
+    tl.store(dimage0 + pixel, g0, there)
+    tl.store(dimage1 + pixel, g1, there)
+    tl.store(dimage2 + pixel, g2, there)
+    total = tl.sum(part)
+    if INVERT:
+        total = divide(total, w)  # x2 − out = (y1 − out)/v
+    tl.store(dvs + tl.program_id(0), total)
+
+
+@triton.jit
 def sum_rows_kernel(parts, total, rows, columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """total (columns,) = Σ over the rows of parts (rows, columns), in an order that the sizes alone decide."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -179,11 +254,11 @@ class Tiling:
         return self.sizes[0]
 
 
-def tiling(h: Tensor, r: int) -> Tiling:
-    """For features h (B, C, H/r, W/r). In NHWC a tile has all planes, which lie side by side there."""
+def tiling(h: Tensor, r: int, family: str = "inject") -> Tiling:
+    """For features h (B, C, H/r, W/r), with a configuration of `family`. In NHWC a tile has all planes, side by side there."""
     B, C, height, width = h.shape
     planes = r * r if h.stride(1) == 1 and height * width > 1 and fit(r * r, CHANNELS * CHANNELS) == r * r else 1
-    plan = configuration("inject", arithmetic_dtype(h.dtype), arch_of(h))
+    plan = configuration(family, arithmetic_dtype(h.dtype), arch_of(h))
     BC = fit(C // (r * r), CHANNELS)
     BS = fit(height * width, plan.elements // (CHANNELS * planes))
     programs = B * (r * r // planes) * blocks(height * width, BS)
@@ -241,6 +316,55 @@ def inject_write_backward(
     return dimages[0], dimages[1], dimages[2], dweight, dbias
 
 
+def inject_couple(
+    h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, x2: Tensor, v: Tensor, r: int
+) -> Tensor:
+    """y1 in one launch; contract of `idm_fast::inject_couple`."""
+    given, cut, x2 = x2, tiling(x2, r), x2.flatten(2)
+    y1 = torch.empty_like(x2)
+    small = (t.contiguous() for t in (z, gz, aty, weight, bias))
+    tensors = (laid_out(h.flatten(2), y1), *small, laid_out(x2, y1), v, y1)
+    launch(couple_inject_fwd_kernel, cut.programs, *tensors, *cut.sizes, *y1.stride(), **cut.sides, configuration=cut.plan)
+    return laid_out(y1.view(given.shape), given)
+
+
+def inject_couple_backward(
+    d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, x2: Tensor, v: Tensor, r: int
+) -> tuple[Tensor, ...]:
+    """(dh, dz, dgz, daty, dweight, dbias, dx2, dv) in four launches; contract of `idm_fast::inject_couple_backward`."""
+    return _couple_backward(x2, d1, h, (z, gz, aty), weight, bias, v, r, invert=False)[1:]
+
+
+def inject_uncouple(
+    y1: Tensor, d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, v: Tensor, r: int
+) -> tuple[Tensor, ...]:
+    """(x2, dh, dz, dgz, daty, dweight, dbias, dx2, dv) in four launches; contract of `idm_fast::inject_uncouple`."""
+    return _couple_backward(y1, d1, h, (z, gz, aty), weight, bias, v, r, invert=True)
+
+
+def _couple_backward(
+    stream: Tensor, d1: Tensor, h: Tensor, images: tuple[Tensor, ...], weight: Tensor, bias: Tensor, v: Tensor, r: int,
+    invert: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `inject_uncouple` returns; without `invert`, `stream` is x2, and the first result a tensor of no meaning."""
+    cut = tiling(stream, r, "inject_couple_backward")
+    dx2 = torch.empty_like(stream.flatten(2))
+    x2 = torch.empty_like(dx2) if invert else dx2
+    dh = torch.empty_like(dx2, dtype=h.dtype)
+    dimages = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in images]
+    dweight, dbias, dv = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(v)
+    parts = [_parts(stream, cut, columns) for columns in (3 * cut.channels, cut.channels, 1)]
+    features = (laid_out(t.flatten(2), dx2) for t in (stream, d1, h))
+    small = (t.contiguous() for t in (*images, weight, bias))
+    tensors = (*features, *small, v, x2, dh, dx2, *dimages, *parts)
+    constants = {"INVERT": invert, **cut.sides}
+    launch(couple_inject_bwd_kernel, cut.programs, *tensors, *cut.sizes, *dx2.stride(), **constants, configuration=cut.plan)
+    for part, total in zip(parts, (dweight, dbias, dv), strict=True):
+        _sum_rows(part, total)
+    x2, dh, dx2 = (laid_out(t.view(like.shape), like) for t, like in ((x2, stream), (dh, h), (dx2, d1)))
+    return x2, dh, *dimages, dweight, dbias, dx2, dv
+
+
 def _parts(like: Tensor, cut: Tiling, columns: int) -> Tensor:
     """Room for what each program adds to a sum, (programs, columns), in the dtype of the arithmetic."""
     return torch.empty(cut.programs, columns, dtype=arithmetic_dtype(like.dtype), device=like.device)
@@ -270,3 +394,23 @@ def inject_write_cost(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Ten
 def inject_write_backward_cost(dout: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, r: int) -> Cost:
     images = (z, gz, aty)
     return Cost(size((dout, *images, weight)), size((*images, weight)), 13 * dout.numel())
+
+
+def inject_couple_cost(
+    h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, x2: Tensor, v: Tensor, r: int
+) -> Cost:
+    return Cost(size((h, z, gz, aty, weight, bias, x2)), size((x2,)), 11 * h.numel())
+
+
+def inject_couple_backward_cost(
+    d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, x2: Tensor, v: Tensor, r: int
+) -> Cost:
+    images = (z, gz, aty)
+    return Cost(size((d1, h, x2, *images, weight, bias)), size((h, *images, weight, bias, x2)), 25 * h.numel())
+
+
+def inject_uncouple_cost(
+    y1: Tensor, d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, v: Tensor, r: int
+) -> Cost:
+    images = (z, gz, aty)
+    return Cost(size((y1, d1, h, *images, weight, bias)), size((y1, d1, h, *images, weight, bias)), 28 * h.numel())

@@ -110,7 +110,7 @@ def _fixed(F: torch.dtype, d: torch.dtype, width: int) -> Callable[[], Any]:
 
 
 def _injector(
-    dtype: torch.dtype, channels: int, side: int, r: int, memory_format: torch.memory_format
+    dtype: torch.dtype, stream: torch.dtype, channels: int, side: int, r: int, memory_format: torch.memory_format
 ) -> Callable[[], Any]:
     def call() -> None:
         h = meta(8, channels, side, side, dtype=dtype).contiguous(memory_format=memory_format)
@@ -121,6 +121,11 @@ def _injector(
         inject.inject_read_backward(image, h, read, r, h)
         inject.inject_write(h, image, image, image, write, meta(channels // r**2), r)
         inject.inject_write_backward(h, image, image, image, write, r)
+        x2, v = meta(8, channels, side, side, dtype=stream).contiguous(memory_format=memory_format), meta(1)
+        given = (h, image, image, image, write, meta(channels // r**2))
+        inject.inject_couple(*given, x2, v, r)
+        inject.inject_couple_backward(x2, *given, x2, v, r)
+        inject.inject_uncouple(x2, x2, *given, v, r)
 
     return call
 
@@ -158,12 +163,13 @@ CASES: dict[str, Callable[[], Any]] = {
     "bf16, silu, NHWC": _norm(_BF16, _BF16, True, _NHWC),
     "fp32, silu, NCHW": _norm(_FP32, _FP32, True, _NCHW),
     "bf16, silu, NCHW, 16²": _norm(_BF16, _BF16, True, _NCHW, 16),
-    "bf16, r = 2": _injector(_BF16, 320, 128, 2, _NCHW),
-    "fp16, r = 2": _injector(_FP16, 320, 128, 2, _NCHW),
-    "fp32, r = 2": _injector(_FP32, 320, 128, 2, _NCHW),
-    "fp32, r = 2, NHWC": _injector(_FP32, 320, 128, 2, _NHWC),
-    "fp32, r = 4, NHWC": _injector(_FP32, 640, 64, 4, _NHWC),
-    "fp64, r = 2": _injector(_FP64, 320, 128, 2, _NCHW),
+    "bf16, r = 2": _injector(_BF16, _FP32, 320, 128, 2, _NCHW),
+    "fp16, r = 2": _injector(_FP16, _FP32, 320, 128, 2, _NCHW),
+    "fp32, r = 2": _injector(_FP32, _FP32, 320, 128, 2, _NCHW),
+    "fp32, r = 2, NHWC": _injector(_FP32, _FP32, 320, 128, 2, _NHWC),
+    "fp32, r = 4, NHWC": _injector(_FP32, _FP32, 640, 64, 4, _NHWC),
+    "fp64, r = 2": _injector(_FP64, _FP64, 320, 128, 2, _NCHW),
+    "fp32, r = 2, stream fp64": _injector(_FP32, _FP64, 320, 128, 2, _NCHW),
     "bf16, ratio 0.1": _projection(_BF16, 103),
     "fp16, ratio 0.1": _projection(_FP16, 103),
     "fp32, ratio 0.1": _projection(_FP32, 103),

@@ -172,7 +172,8 @@ class Segment:
     """function(*args, **kwargs), from its run to its replay.
 
     Args:
-        function: what is run. module: whose norm buffers a replay must not move, and whose name errors give.
+        function: what is run; it returns a tensor or a `Deferred`.
+        module: whose norm buffers a replay must not move, and whose name errors give.
         preserve_rng_state: put the generators back on replay.
         device: whose generators and autocast are put back.
         index: of the layer, for errors.
@@ -180,7 +181,7 @@ class Segment:
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         module: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -209,7 +210,7 @@ class Segment:
         """The owner has saved `tensors` and `stored`."""
         self.tensors, self.stored = {}, []
 
-    def run(self) -> Tensor:
+    def run(self) -> Any:
         """The result, recorded, with everything that autograd would store dropped."""
         self._context = self._capture()
         with keeping(self._keep), saved_tensors_hooks(self._drop, self._restore):
@@ -218,7 +219,7 @@ class Segment:
             raise RuntimeError(f"{self.name} changed in place what `kept` returned; use the operation that is not in place")
         return result
 
-    def replay(self, tensors: dict[int, Tensor], stored: Sequence[Tensor], result_wanted: bool = True) -> Tensor:
+    def replay(self, tensors: dict[int, Tensor], stored: Sequence[Tensor], result_wanted: bool = True) -> Any:
         """The result again, without a graph; refills what `run` dropped. Without `result_wanted` it stops when that is done."""
         position, calls = 0, iter(self._kept_calls)
         different = RuntimeError(
@@ -256,7 +257,7 @@ class Segment:
             raise different
         return result
 
-    def _call(self, tensors: dict[int, Tensor]) -> Tensor:
+    def _call(self, tensors: dict[int, Tensor]) -> Any:
         leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return self._function(*args, **kwargs)

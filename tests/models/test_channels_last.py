@@ -1,4 +1,4 @@
-"""The U-Net in NHWC (`unet.to(memory_format=torch.channels_last)`): the same results, and no features copied to another format."""
+"""The U-Net in NHWC (`unet.to(memory_format=torch.channels_last)`): the same results, and features are not copied."""
 
 from __future__ import annotations
 
