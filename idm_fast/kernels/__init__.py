@@ -65,6 +65,7 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "inject_couple": inject.inject_couple,
         "inject_couple_backward": inject.inject_couple_backward,
         "inject_uncouple": inject.inject_uncouple,
+        "inject_uncouple_": inject.inject_uncouple_in_place,
         "layer_norm": layer_norm.layer_norm,
         "layer_norm_backward": layer_norm.layer_norm_backward,
         "measure": project.measure,

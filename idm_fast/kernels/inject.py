@@ -342,19 +342,33 @@ def inject_uncouple(
     return _couple_backward(y1, d1, h, (z, gz, aty), weight, bias, v, r, invert=True)
 
 
+def inject_uncouple_in_place(
+    y1: Tensor, d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, v: Tensor, r: int
+) -> tuple[Tensor, ...]:
+    """As `inject_uncouple` with x2 over y1; contract of `idm_fast::inject_uncouple_`."""
+    x2, *gradients = _couple_backward(y1, d1, h, (z, gz, aty), weight, bias, v, r, invert=True, in_place=True)
+    if x2.data_ptr() != y1.data_ptr():
+        y1.copy_(x2)
+    return tuple(gradients)
+
+
 def _couple_backward(
     stream: Tensor, d1: Tensor, h: Tensor, images: tuple[Tensor, ...], weight: Tensor, bias: Tensor, v: Tensor, r: int,
-    invert: bool,
+    invert: bool, in_place: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What `inject_uncouple` returns; without `invert`, `stream` is x2, and the first result a tensor of no meaning."""
+    """What `inject_uncouple` returns; without `invert`, `stream` is x2, and the first result a tensor of no meaning.
+
+    With `in_place`, x2 is written over `stream`, or over a copy of it where it does not lie densely.
+    """
     cut = tiling(stream, r, "inject_couple_backward")
     dx2 = torch.empty_like(stream.flatten(2))
-    x2 = torch.empty_like(dx2) if invert else dx2
+    flat = laid_out(stream.flatten(2), dx2)
+    x2 = flat if in_place else torch.empty_like(dx2) if invert else dx2
     dh = torch.empty_like(dx2, dtype=h.dtype)
     dimages = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in images]
     dweight, dbias, dv = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(v)
     parts = [_parts(stream, cut, columns) for columns in (3 * cut.channels, cut.channels, 1)]
-    features = (laid_out(t.flatten(2), dx2) for t in (stream, d1, h))
+    features = (flat, *(laid_out(t.flatten(2), dx2) for t in (d1, h)))
     small = (t.contiguous() for t in (*images, weight, bias))
     tensors = (*features, *small, v, x2, dh, dx2, *dimages, *parts)
     constants = {"INVERT": invert, **cut.sides}

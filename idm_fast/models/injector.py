@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from idm_fast import ops
-from idm_fast.ops.injector import inject_couple_backward_op, inject_uncouple_op
+from idm_fast.ops.injector import inject_couple_backward_op, inject_uncouple_inplace_op, inject_uncouple_op
 from idm_fast.reversible.deferred import Deferred, DeferringBody
 
 
@@ -47,8 +47,13 @@ class Injected(Deferred):
         *gradients, dx2, dv = inject_couple_backward_op(d1, *self.tensors, x2, v, self.r)
         return tuple(gradients), dx2, dv
 
-    def uncouple(self, y1: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
-        x2, *gradients, dx2, dv = inject_uncouple_op(y1, d1, *self.tensors, v, self.r)
+    def uncouple(
+        self, y1: Tensor, d1: Tensor, v: Tensor, inplace: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        if inplace:
+            x2, (*gradients, dx2, dv) = y1, inject_uncouple_inplace_op(y1, d1, *self.tensors, v, self.r)
+        else:
+            x2, *gradients, dx2, dv = inject_uncouple_op(y1, d1, *self.tensors, v, self.r)
         return x2, tuple(gradients), dx2, dv
 
 

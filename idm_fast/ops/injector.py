@@ -12,13 +12,15 @@ in any memory format; what has its shape has its format too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from idm_fast.ops.coupling import couple_backward_reference, couple_reference, decouple_reference
+from idm_fast.ops.coupling import couple_backward_reference, couple_reference
 from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
@@ -100,15 +102,27 @@ def inject_couple_backward_reference(
 ) -> CoupledGradients:
     out = inject_write_reference(h, z, gz, aty, weight, bias, r)
     dh, dx2, dv = couple_backward_reference(d1, out, x2, v)
+    del out
     of_images_and_weights = inject_write_backward_reference(dh, z, gz, aty, weight, r)
     return laid_out_like(dh, h), *of_images_and_weights, laid_out_like(dx2, d1), dv
 
 
-def inject_uncouple_reference(
+def inject_uncouple_inplace_reference(
     y1: Tensor, d1: Tensor, h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, v: Tensor, r: int
-) -> tuple[Tensor, ...]:
-    x2 = decouple_reference(y1, inject_write_reference(h, z, gz, aty, weight, bias, r), v)
-    return laid_out_like(x2, y1), *inject_couple_backward_reference(d1, h, z, gz, aty, weight, bias, x2, v, r)
+) -> CoupledGradients:
+    w = v.to(y1.dtype).reshape(())
+    out = inject_write_reference(h, z, gz, aty, weight, bias, r).to(y1.dtype)
+    dv = (y1 - out).mul_(d1).sum().div_(w).to(v.dtype).reshape(v.shape)  # x2 − out = (y1 − out)/v
+    y1.add_(out.mul_(w - 1)).div_(w)
+    del out
+    dh, dx2 = (d1 * (1 - w)).to(h.dtype), d1 * w
+    of_images_and_weights = inject_write_backward_reference(dh, z, gz, aty, weight, r)
+    return laid_out_like(dh, h), *of_images_and_weights, laid_out_like(dx2, d1), dv
+
+
+def inject_uncouple_reference(y1: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    x2 = torch.empty_like(y1).copy_(y1)
+    return x2, *inject_uncouple_inplace_reference(x2, *others)
 
 
 def _fake_read(h, weight, bias, r):
@@ -168,6 +182,12 @@ inject_uncouple_op = define_op(
     ),
 )  # fmt: skip
 """x2, and the gradients as of `inject_couple_backward`. Not differentiable."""
+inject_uncouple_inplace_op = define_op(
+    f"inject_uncouple_(Tensor(a!) y1, Tensor d1, Tensor h, {_IMAGES}, {_WRITE}, Tensor v, int r) -> ({_tensors(8)})",
+    inject_uncouple_inplace_reference,
+    lambda y1, d1, h, z, gz, aty, weight, bias, v, r: _fake_couple_backward(d1, h, z, gz, aty, weight, bias, y1, v, r),
+)
+"""`inject_uncouple` with x2 written over y1; returns the gradients."""
 
 
 def _setup_read(ctx, inputs, output) -> None:
@@ -234,7 +254,9 @@ def _flop_couple(h, *args, out_shape=None, **kwargs) -> int:
     return 6 * _numel(h)
 
 
-@register_flop_formula([torch.ops.idm_fast.inject_couple_backward, torch.ops.idm_fast.inject_uncouple])
+@register_flop_formula(
+    [torch.ops.idm_fast.inject_couple_backward, torch.ops.idm_fast.inject_uncouple, torch.ops.idm_fast.inject_uncouple_]
+)
 def _flop_couple_backward(stream, *args, out_shape=None, **kwargs) -> int:
     return 18 * _numel(stream)
 

@@ -39,8 +39,10 @@ class Deferred(ABC):
         """Gradients of `tensors`, dx2, dv for d1, the gradient of y1."""
 
     @abstractmethod
-    def uncouple(self, y1: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
-        """x2, and what `backward` returns."""
+    def uncouple(
+        self, y1: Tensor, d1: Tensor, v: Tensor, inplace: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        """x2, and what `backward` returns. With `inplace`, x2 may be written over y1."""
 
 
 class DeferringBody(nn.Module, ABC):

@@ -104,7 +104,7 @@ class FloatStreams:
     ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
         if isinstance(F, Deferred):
             assert v is not None
-            return F.uncouple(y1, d1, v)
+            return F.uncouple(y1, d1, v, inplace)
         return self._coupling.uncouple(y1, F, d1, v, inplace)
 
 

@@ -13,7 +13,7 @@ from idm_fast.ops import registry
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 OPS = ("inject_read", "inject_read_backward", "inject_write", "inject_write_backward")
 OPS += ("inject_couple", "inject_couple_backward", "inject_uncouple")
-SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 19, 29, 2)]
+SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 9, 29, 2)]
 """Batch, channels a plane, height and width of the features, r."""
 
 
@@ -82,10 +82,10 @@ def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-@pytest.mark.parametrize("r", [2, 3, 4])
+@pytest.mark.parametrize("r", [2, 4])
 @pytest.mark.parametrize("name", OPS)
 def test_parity_in_channels_last_which_is_kept(device: str, name: str, r: int, implementation: str) -> None:
-    h = draw(1, 3 * r * r, 5, 17, dtype=torch.float32, device=device, layout="channels_last")
+    h = draw(1, 3 * r * r, 3, 7, dtype=torch.float32, device=device, layout="channels_last")
     given = arguments(name, h, r)
     assert_parity(name, implementation, given, scales(name, given))
     features = [t for t in run(name, implementation, given) if t.shape == h.shape]
@@ -104,6 +104,17 @@ def test_operators_obey_opcheck(device: str, name: str) -> None:
     h = draw(2, 12, 2, 3, dtype=torch.float32, device=device, layout="channels_last")
     with ops.use("triton"):
         torch.library.opcheck(registry.OPS[name].overload, arguments(name, h, 2))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_uncoupling_in_place_gives_the_bits_of_uncoupling(device: str, layout: str) -> None:
+    y1, *rest = arguments("inject_uncouple", draw(2, 12, 5, 6, dtype=torch.float32, device=device, layout="channels_last"), 2)
+    y1 = draw(2, 12, 5, 6, dtype=torch.float32, device=device, layout=layout)
+    for implementation in ("reference", "triton"):
+        x2, *gradients = run("inject_uncouple", implementation, (y1, *rest))
+        over = torch.cat([y1, y1], -1)[..., : y1.shape[-1]].copy_(y1) if layout == "strided" else y1.clone()
+        found = run("inject_uncouple_", implementation, (over, *rest))
+        assert all(torch.equal(a, b) for a, b in zip((over, *found), (x2, *gradients), strict=True))
 
 
 def test_cost_counts_the_features_once_each_way() -> None:

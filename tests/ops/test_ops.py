@@ -79,6 +79,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
 def backward_cases() -> dict[str, tuple]:
     matrix, permutation = operator()
     x, y, h = draw(B, 1, H, W), draw(B, H * W // N, q), draw(B, 8, H // 2, W // 2)
+    x2 = draw(B, 8, H // 2, W // 2, seed=4)
     x_norm, statistics = draw(2, 6, 5, 3), (draw(2, 3), draw(2, 3, seed=1))
     return {
         "couple_backward": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
@@ -90,6 +91,7 @@ def backward_cases() -> dict[str, tuple]:
         "inject_write_backward": (h, x, x, x, draw(2, 3, 1, 1), 2),
         "inject_couple_backward": (h, h, x, x, x, draw(2, 3, 1, 1), draw(2), h, scalar(0.4), 2),
         "inject_uncouple": (h, h, h, x, x, x, draw(2, 3, 1, 1), draw(2), scalar(0.4), 2),
+        "inject_uncouple_": (x2, h, h, x, x, x, draw(2, 3, 1, 1), draw(2), scalar(0.4), 2),
         "layer_norm_backward": (
             draw(2, 3, 6, seed=4), draw(2, 3, 6), draw(6), draw(6, seed=1), draw(2, 3, 1), draw(2, 3, 1, seed=1)
         ),

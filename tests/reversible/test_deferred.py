@@ -44,7 +44,7 @@ class Scaled(Deferred):
         h, a = self.tensors
         return (dF * a, (dF * h).sum().reshape(1)), dx2, dv
 
-    def uncouple(self, y1: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, d1: Tensor, v: Tensor, inplace: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         x2 = self.inverse(y1, v)
         return x2, *self.backward(d1, x2, v)
 
