@@ -113,7 +113,7 @@ def inject_uncouple_inplace_reference(
     w = v.to(y1.dtype).reshape(())
     out = inject_write_reference(h, z, gz, aty, weight, bias, r).to(y1.dtype)
     dv = (y1 - out).mul_(d1).sum().div_(w).to(v.dtype).reshape(v.shape)  # x2 − out = (y1 − out)/v
-    y1.add_(out.mul_(w - 1)).div_(w)
+    y1.addcmul_(out, w - 1).div_(w)
     del out
     dh, dx2 = (d1 * (1 - w)).to(h.dtype), d1 * w
     of_images_and_weights = inject_write_backward_reference(dh, z, gz, aty, weight, r)
