@@ -1,4 +1,5 @@
 // Which instruction set's kernels run. Compiled for the oldest CPU.
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,7 +10,8 @@ namespace idm::cpu {
 
 namespace {
 
-const Launchers& choose() {
+// By name, or the newest for an empty one.
+const Launchers& find(const std::string& name, const std::string& asked_by) {
   const Launchers* available[3];
   int count = 0;
 #if defined(__x86_64__)
@@ -21,21 +23,25 @@ const Launchers& choose() {
   if (avx2) available[count++] = &avx2::launchers;
 #endif
   available[count++] = &portable::launchers;
-  const char* wanted = std::getenv("IDM_FAST_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *available[0];
+  if (name.empty()) return *available[0];
   std::string names;
   for (int i = 0; i < count; ++i) {
-    if (std::string(wanted) == available[i]->name) return *available[i];
+    if (name == available[i]->name) return *available[i];
     names += std::string(i ? ", " : "") + available[i]->name;
   }
-  throw std::runtime_error("environment variable IDM_FAST_CPU_ISA=" + std::string(wanted) + ": this machine runs " + names);
+  throw std::runtime_error(asked_by + name + ": this machine runs " + names);
+}
+
+std::atomic<const Launchers*>& in_use() {
+  const char* wanted = std::getenv("IDM_FAST_CPU_ISA");
+  static std::atomic<const Launchers*> chosen{&find(wanted ? wanted : "", "environment variable IDM_FAST_CPU_ISA=")};
+  return chosen;
 }
 
 }  // namespace
 
-const Launchers& launchers() {
-  static const Launchers& chosen = choose();
-  return chosen;
-}
+const Launchers& launchers() { return *in_use(); }
+
+void use_instruction_set(const char* name) { in_use() = &find(name, "instruction set "); }
 
 }  // namespace idm::cpu

@@ -1,5 +1,5 @@
 // The CPU kernels, as the registration layer calls them. Every kernel file is compiled once for each instruction set, into a
-// namespace of that name; `launchers()` picks the newest one that this machine runs.
+// namespace of that name; `launchers()` is the table of the one in use.
 #pragma once
 
 #include "numbers.h"
@@ -9,6 +9,8 @@ namespace idm::cpu {
 
 // Elements lie densely and in one order in all of F, x2 (or y1, d1) and the outputs. `body` is F's and dF's dtype, `stream` that
 // of all others, float32 or float64; v is one number.
+//   couple: F, x2 → y1_out            couple_backward: d1, F, x2 → dF, dx2, dv
+//   decouple: y1, F → x2_out          uncouple: y1, F, d1 → x2_out (may be y1), dF, dx2 (may be d1), dv
 struct CoupleArguments {
   Dtype body, stream;
   int64_t count;
@@ -18,16 +20,53 @@ struct CoupleArguments {
   double* dv;  // one element
 };
 
+// Whether all of `entries` lie in [0, count).
+struct PermutationArguments {
+  const int64_t* entries;
+  int64_t count;
+  bool* holds;
+};
+
+// `images` images of `pixels` pixels, `pixels` a multiple of N; matrix (N, q), permutation (pixels,) with entries in range,
+// y (images, pixels/N, q); all dense, of one dtype. ᾱ are numbers.
+//   measure: x → y_out                project_step: x, e, y, ᾱ → x_out
+//   adjoint: y → x_out                project_step_backward: g, x, e, y, ᾱ → x_out (dx), e_out (de), y_out (dy), dabar
+//   gram: x → x_out
+struct ProjectArguments {
+  Dtype dtype;
+  int64_t images, pixels, N, q;
+  const void* matrix;
+  const int64_t* permutation;
+  double abar_t, abar_prev;
+  const void *g, *x, *e, *y;
+  void *x_out, *e_out, *y_out;
+  double* dabar;  // of ᾱ_t, of ᾱ_{t−1}
+};
+
+#define IDM_FOR_EACH_KERNEL(EACH)                 \
+  EACH(couple, CoupleArguments)                   \
+  EACH(decouple, CoupleArguments)                 \
+  EACH(couple_backward, CoupleArguments)          \
+  EACH(uncouple, CoupleArguments)                 \
+  EACH(check_permutation, PermutationArguments)   \
+  EACH(measure, ProjectArguments)                 \
+  EACH(adjoint, ProjectArguments)                 \
+  EACH(gram, ProjectArguments)                    \
+  EACH(project_step, ProjectArguments)            \
+  EACH(project_step_backward, ProjectArguments)
+
 struct Launchers {
   const char* name;
-  void (*couple)(const CoupleArguments&, ParallelFor);           // F, x2 → y1_out
-  void (*decouple)(const CoupleArguments&, ParallelFor);         // y1, F → x2_out
-  void (*couple_backward)(const CoupleArguments&, ParallelFor);  // d1, F, x2 → dF, dx2, dv
-  void (*uncouple)(const CoupleArguments&, ParallelFor);         // y1, F, d1 → x2_out (may be y1), dF, dx2 (may be d1), dv
+#define IDM_POINTER(kernel, arguments) void (*kernel)(const arguments&, ParallelFor);
+  IDM_FOR_EACH_KERNEL(IDM_POINTER)
+#undef IDM_POINTER
 };
 
 // The instruction set in use: the newest that this machine has, or the one that IDM_FAST_CPU_ISA names (an error if it cannot).
 const Launchers& launchers();
+
+// Uses another one from now on, in all threads; std::runtime_error when this machine does not run it. For tests.
+void use_instruction_set(const char* name);
 
 namespace portable { extern const Launchers launchers; }
 #if defined(__x86_64__)

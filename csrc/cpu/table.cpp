@@ -7,6 +7,7 @@
 namespace idm::cpu::IDM_ISA {
 
 extern const Launchers launchers;
-const Launchers launchers = {IDM_NAME(IDM_ISA), couple, decouple, couple_backward, uncouple};
+#define IDM_ENTRY(kernel, arguments) kernel,
+const Launchers launchers = {IDM_NAME(IDM_ISA), IDM_FOR_EACH_KERNEL(IDM_ENTRY)};
 
 }  // namespace idm::cpu::IDM_ISA

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/launchers.h"
-#include "checks.h"
+#include "cpu_tensors.h"
 #include "threads.h"
 
 namespace idm::cpu {
@@ -22,13 +22,11 @@ Inputs prepare(Tensor F, const char* first_name, Tensor first, const char* secon
   check_cpu("F", F);
   check_cpu(first_name, first);
   check_cpu(second_name, second);
-  check_cpu("v", v);
   check_same_shape("F", F, first_name, first);
   check_same_shape("F", F, second_name, second);
   check_same_dtype(first_name, first, second_name, second);
   const Dtype body = dtype_of("F", F), stream = dtype_of(first_name, first);
   check(stream == Dtype::float32 || stream == Dtype::float64, first_name, " must be float32 or float64");
-  check(v.numel() == 1, "v is ", shape_of(v), ", expected one element");
   const bool copied = !one_dense_row({&first, &second, &F});
   if (copied) {
     F = torch::stable::contiguous(F);
@@ -39,7 +37,7 @@ Inputs prepare(Tensor F, const char* first_name, Tensor first, const char* secon
   a.body = body;
   a.stream = stream;
   a.count = F.numel();
-  with_type(dtype_of("v", v), [&](auto type) { a.v = load(*static_cast<const decltype(type)*>(v.const_data_ptr())); });
+  a.v = number("v", v);
   a.F = F.const_data_ptr();
   return {F, first, second, copied, a};
 }
@@ -49,14 +47,6 @@ Tensor laid_out_as(const Tensor& model, bool copied, Tensor result) {
   if (!copied) return result;
   Tensor out = torch::stable::empty_like(model);
   return torch::stable::copy_(out, result);
-}
-
-Tensor number_like(const Tensor& v, double value) {
-  Tensor out = torch::stable::empty_like(v);
-  with_type(dtype_of("v", v), [&](auto type) {
-    *static_cast<decltype(type)*>(out.mutable_data_ptr()) = Store<decltype(type)>::of(value);
-  });
-  return out;
 }
 
 Tensor couple(Tensor F, Tensor x2, Tensor v) {
