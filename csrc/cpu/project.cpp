@@ -18,7 +18,7 @@ namespace {
 // Elements over which a sum of a dense pass runs before the sums are added in order, and that a thread takes at a time.
 constexpr int64_t CHUNK = 16384;
 
-// Rows of Φ or Φᵀ at a time: with two lines each, three quarters of the registers hold sums.
+// Rows of Φ or Φᵀ at a time: their sums, two lines each, take three quarters of the registers.
 constexpr int BLOCK = VECTOR_REGISTERS * 3 / 8;
 
 template <class S>
@@ -40,36 +40,40 @@ struct Operator {
   }
 };
 
-// sums[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r.
+// out[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r. A running sum is ended every DEPTH terms: it loses digits as it grows.
 template <int R, class S>
-IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t depth, Vector<S> (&sums)[R][2]) {
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vector<S>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
+IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, S (&out)[R][TILE<S>]) {
+  constexpr int64_t DEPTH = 64;
+  std::memset(out, 0, sizeof out);
+  for (int64_t begin = 0; begin < terms; begin += DEPTH) {
+    const int64_t end = begin + DEPTH < terms ? begin + DEPTH : terms;
+    Vector<S> sums[R][2] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
 #pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const S a = A[r * across + k * along];
+        sums[r][0] += a * left;
+        sums[r][1] += a * right;
+      }
+    }
     for (int r = 0; r < R; ++r) {
-      const S a = A[r * across + k * along];
-      sums[r][0] += a * left;
-      sums[r][1] += a * right;
+      store_vector(out[r], load_vector(out[r]) + sums[r][0]);
+      store_vector(out[r] + LANES<S>, load_vector(out[r] + LANES<S>) + sums[r][1]);
     }
   }
 }
 
-// All `count` rows of A, R at a time, then fewer; take(r, line) gets row r of the product, TILE elements.
+// All `count` rows of A from `first` on, R at a time, then fewer; take(first row, how many, lines) gets the product's rows.
 template <int R, class S, class Take>
-void product(const S* A, int64_t across, int64_t along, const S* lines, int64_t depth, int64_t first, int64_t count, Take& take) {
+void product(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, int64_t first, int64_t count, Take& take) {
   alignas(64) S out[R][TILE<S>];
   for (; first + R <= count; first += R) {
-    Vector<S> sums[R][2];
-    multiply<R>(A + first * across, across, along, lines, depth, sums);
-    for (int r = 0; r < R; ++r) {
-      store_vector(out[r], sums[r][0]);
-      store_vector(out[r] + LANES<S>, sums[r][1]);
-    }
+    multiply<R>(A + first * across, across, along, lines, terms, out);
     take(first, R, out[0]);
   }
   if constexpr (R > 1) {
-    if (first < count) product<R / 2>(A, across, along, lines, depth, first, count, take);
+    if (first < count) product<R / 2>(A, across, along, lines, terms, first, count, take);
   }
 }
 
@@ -85,11 +89,23 @@ IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, T
   product<BLOCK>(op.matrix, op.q, int64_t{1}, measurements, op.q, int64_t{0}, op.N, take);
 }
 
+// Brings the images that the tile's pixels stand in into the cache, in order: faster than to meet their lines at random, unless
+// the tile has few of their pixels.
+template <bool WRITE, class S, class T>
+void prefetch(const Operator<S>& op, const T* images, int64_t tile) {
+  const int64_t last = tile * TILE<S> + op.rows_of(tile) - 1;
+  const T* begin = images + tile * TILE<S> * op.N / op.pixels * op.pixels;
+  const T* end = images + (last * op.N / op.pixels + 1) * op.pixels;
+  if (end - begin > 4 * TILE<S> * op.N) return;
+  for (const T* line = begin; line < end; line += 64 / sizeof(T)) __builtin_prefetch(line, WRITE, 2);
+}
+
 // The tile's pixels out of `images`, transposed; rows that are not there are zero.
 template <class S>
 void gather(const Operator<S>& op, const S* images, int64_t tile, S* pixels) {
   constexpr int64_t BAND = 64;
   const int64_t rows = op.rows_of(tile);
+  prefetch<false>(op, images, tile);
   for (int64_t begin = 0; begin < op.N; begin += BAND) {
     const int64_t end = begin + BAND < op.N ? begin + BAND : op.N;
     for (int64_t m = 0; m < rows; ++m) {
@@ -102,15 +118,16 @@ void gather(const Operator<S>& op, const S* images, int64_t tile, S* pixels) {
   }
 }
 
-// put(place, value) for every pixel of the tile that times_transposed gives.
-template <class S, class Put>
-IDM_INLINE void scatter(const Operator<S>& op, const S* measurements, int64_t tile, Put put) {
+// put(pixel of images, value) for every pixel of the tile that times_transposed gives.
+template <class S, class T, class Put>
+IDM_INLINE void scatter(const Operator<S>& op, const S* measurements, int64_t tile, T* images, Put put) {
   const int64_t rows = op.rows_of(tile);
+  prefetch<true>(op, images, tile);
   times_transposed(op, measurements, [&](int64_t n, int64_t count, const S* lines) {
     for (int64_t m = 0; m < rows; ++m) {
       int64_t offset;
       const int64_t* places = op.places(tile * TILE<S> + m, offset) + n;
-      for (int64_t r = 0; r < count; ++r) put(offset + places[r], lines[r * TILE<S> + m]);
+      for (int64_t r = 0; r < count; ++r) put(images[offset + places[r]], lines[r * TILE<S> + m]);
     }
   });
 }
@@ -224,7 +241,7 @@ void adjoint(const ProjectArguments& a, ParallelFor loop) {
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> measurements(op.q * TILE<S>);
       load_measurements(op, static_cast<const T*>(a.y), tile, +measurements);
-      scatter(op, +measurements, tile, [&](int64_t place, S value) { static_cast<T*>(a.x_out)[place] = Store<T>::of(value); });
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
     });
   });
 }
@@ -241,7 +258,7 @@ void gram(const ProjectArguments& a, ParallelFor loop) {
       times_matrix(op, +pixels, [&](int64_t j, int64_t count, const S* lines) {
         std::memcpy(measurements + j * TILE<S>, lines, count * TILE<S> * sizeof(S));
       });
-      scatter(op, +measurements, tile, [&](int64_t place, S value) { static_cast<T*>(a.x_out)[place] = Store<T>::of(value); });
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
     });
   });
 }
@@ -269,7 +286,7 @@ void project_step(const ProjectArguments& a, ParallelFor loop) {
         S* r = residual + j * TILE<S>;
         for (int64_t i = 0; i < lines_here * TILE<S>; ++i) r[i] = lines[i] - r[i];
       });
-      scatter(op, +residual, tile, [&](int64_t place, S value) { image[place] -= value; });
+      scatter(op, +residual, tile, image, [](S& pixel, S value) { pixel -= value; });
     });
     over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
       IDM_VECTOR_LOOP
@@ -313,7 +330,7 @@ void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
         total += of_row[0];
       }
       of_tile[tile] = total;
-      scatter(op, +measured, tile, [&](int64_t place, S value) { image[place] -= value; });
+      scatter(op, +measured, tile, image, [](S& pixel, S value) { pixel -= value; });
     });
     Scratch<double> of_chunk(3 * chunks);
     over_chunks(count, loop, [&](int64_t chunk, int64_t begin, int64_t end) {
