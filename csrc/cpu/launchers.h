@@ -43,6 +43,19 @@ struct ProjectArguments {
   double* dabar;  // of ᾱ_t, of ᾱ_{t−1}
 };
 
+// Features (images, channels·r², height, width), images of r times the size; all dense, of one dtype, but for weights, bias and
+// their gradients, which are in the dtype of sums. read: weight (channels,), write: weight (channels, 3).
+//   inject_read: h, weight, bias → z_out
+//   inject_read_backward: z (dz), h, weight → h_out (dh), weight_out, bias_out
+//   inject_write: h, z, gz, aty, weight, bias → h_out
+//   inject_write_backward: h (dout), z, gz, aty, weight → z_out, gz_out, aty_out, weight_out, bias_out
+struct InjectArguments {
+  Dtype dtype;
+  int64_t images, channels, height, width, r;
+  const void *h, *z, *gz, *aty, *weight, *bias;
+  void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out;
+};
+
 #define IDM_FOR_EACH_KERNEL(EACH)                 \
   EACH(couple, CoupleArguments)                   \
   EACH(decouple, CoupleArguments)                 \
@@ -53,7 +66,11 @@ struct ProjectArguments {
   EACH(adjoint, ProjectArguments)                 \
   EACH(gram, ProjectArguments)                    \
   EACH(project_step, ProjectArguments)            \
-  EACH(project_step_backward, ProjectArguments)
+  EACH(project_step_backward, ProjectArguments)   \
+  EACH(inject_read, InjectArguments)              \
+  EACH(inject_read_backward, InjectArguments)     \
+  EACH(inject_write, InjectArguments)             \
+  EACH(inject_write_backward, InjectArguments)
 
 struct Launchers {
   const char* name;
