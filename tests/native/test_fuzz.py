@@ -287,6 +287,10 @@ def test_a_native_op_returns_what_the_reference_returns_or_raises(name: str, see
             # PyTorch's operations refuse some mixtures of dtypes that kernels read as easily.
             for_reference = [exact(a) for a in before]
             expected = attempt(reference(name), for_reference)
+        if isinstance(expected, Exception) and any(isinstance(a, Tensor) and not a.numel() for a in before):
+            # Nor do all of them know what nothing is: the gradient of a sum over nothing is zero.
+            assert not any(g.any() for g in got), f"takes what the reference refuses: {expected}"
+            return
         assert not isinstance(expected, Exception), f"takes what the reference refuses: {expected}"
         written = [arguments[0]] if name.endswith("_") else []
         assert [(g.shape, g.device) for g in got] == [(e.shape, e.device) for e in expected]
