@@ -103,7 +103,7 @@ def environment_for(case: Case, folder: Path) -> Path:
     target = site_packages(folder)
     if case.torch:
         for entry in site_packages(Path(sys.prefix)).iterdir():
-            hidden = entry.suffix == ".pth" or re.match(r"(idm_fast|__editable__|ninja|pybind11|pip\b|_distutils)", entry.name)
+            hidden = entry.suffix == ".pth" or re.match(r"(idm_fast|__editable__|ninja|pybind11|pip\b)", entry.name)
             if not hidden and not (target / entry.name).exists():
                 (target / entry.name).symlink_to(entry)
     return python

@@ -22,10 +22,11 @@ def main() -> int:
     subprocess.run(build, cwd=ROOT, env=environment, check=True)
     (package,) = FOLDER.glob("lib.*")
     compiler = os.environ.get("CXX", "c++").split()[-1]
-    runtime = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
+    libraries = ["libasan.so", "libstdc++.so"]
+    runtime = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in libraries]
     environment |= {
-        # The interpreter is compiled without it, so it has to come first.
-        "LD_PRELOAD": runtime,
+        # The interpreter is compiled without it, so it has to come first; and C++ with it, whose throw it stands in for.
+        "LD_PRELOAD": ":".join(runtime),
         # Python frees little at its end.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
@@ -33,7 +34,8 @@ def main() -> int:
     }
     tests = sys.argv[1:] or [str(ROOT / "tests" / "native"), "-m", "not slow"]
     # From another folder: this one's idm_fast would be found first.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    # What the sanitizers say as they end the run must not be caught.
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
     return subprocess.run(command, cwd=package, env=environment).returncode
 
 
