@@ -161,9 +161,10 @@ void channels_first_backward(const NormArguments& a, ParallelFor loop) {
 // ---- (images, positions, channels): pieces of some positions; what is said of a group is repeated for each of its channels.
 
 struct Pieces {
-  int64_t positions, of_image, count;  // a piece's positions; pieces of an image, of all
+  static constexpr int64_t MOST = 128;  // positions over which a channel is summed before the sums are joined in double
+  int64_t positions, of_image, count;   // a piece's positions; pieces of an image, of all
 
-  explicit Pieces(const NormArguments& a) : positions(16384 / a.channels + 1) {
+  explicit Pieces(const NormArguments& a) : positions(a.channels < 16384 / MOST ? MOST : 16384 / a.channels + 1) {
     of_image = (a.positions + positions - 1) / positions;
     count = a.images * of_image;
   }
@@ -262,23 +263,18 @@ void channels_last_backward(const NormArguments& a, ParallelFor loop) {
     Scratch<S> room(2 * C);
     S *products = room, *sums = products + C;
     double* part = parts + piece * 2 * C;
-    for (int64_t k = 0; k < 2 * C; ++k) part[k] = 0;
-    constexpr int64_t RUN = 64;  // positions over which a sum runs before it goes on in double
-    for (int64_t begin = pieces.begin(piece); begin < pieces.end(a, piece); begin += RUN) {
-      const int64_t end = begin + RUN < pieces.end(a, piece) ? begin + RUN : pieces.end(a, piece);
-      for (int64_t k = 0; k < 2 * C; ++k) room[k] = 0;
-      for (int64_t p = begin; p < end; ++p) {
-        const X* x = static_cast<const X*>(a.x) + at(image, p, 0);
-        const O* dout = static_cast<const O*>(a.dout) + at(image, p, 0);
-        IDM_VECTOR_LOOP
-        for (int64_t c = 0; c < C; ++c) {
-          const S g = gradient(x, dout, mean, scale, c);
-          products[c] += g * (S(load(x[c])) - mean[c]);
-          sums[c] += g;
-        }
+    for (int64_t k = 0; k < 2 * C; ++k) room[k] = 0;
+    for (int64_t p = pieces.begin(piece); p < pieces.end(a, piece); ++p) {
+      const X* x = static_cast<const X*>(a.x) + at(image, p, 0);
+      const O* dout = static_cast<const O*>(a.dout) + at(image, p, 0);
+      IDM_VECTOR_LOOP
+      for (int64_t c = 0; c < C; ++c) {
+        const S g = gradient(x, dout, mean, scale, c);
+        products[c] += g * (S(load(x[c])) - mean[c]);
+        sums[c] += g;
       }
-      for (int64_t k = 0; k < 2 * C; ++k) part[k] += room[k];
     }
+    for (int64_t k = 0; k < 2 * C; ++k) part[k] = room[k];
   });
   for (int64_t image = 0; image < a.images; ++image) {
     double* sums = of_images + image * 2 * C;
