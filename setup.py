@@ -5,51 +5,79 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ROOT / "csrc"
 
-_spec = importlib.util.spec_from_file_location("idm_fast_native_build", SOURCES / "build.py")
+_spec = importlib.util.spec_from_file_location("idm_fast_native_build", ROOT / "csrc" / "build.py")
 native = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = native
 _spec.loader.exec_module(native)
 
 
 class BuildPackage(build_py):
-    """Ships the record of the build; the extension's build completes it."""
+    """Where nothing native is built, no later command runs: the record of that is written here."""
 
     def run(self) -> None:
         super().run()
-        RECORD.write(ROOT / "idm_fast" if self.editable_mode else Path(self.build_lib) / "idm_fast")
-        for line in RECORD.lines() if TOOLCHAIN is None else ():
-            print(line)
+        if TOOLCHAIN is None:
+            finish_without_extension(ROOT if self.editable_mode else Path(self.build_lib))
 
 
 class BuildNative(build_ext):
     """idm_fast._C and, with nvcc, idm_fast/_cuda.so, by csrc/build.py instead of setuptools."""
 
     def run(self) -> None:
-        module = Path(self.get_ext_fullpath("idm_fast._C")).resolve()
+        if TOOLCHAIN is None:
+            finish_without_extension(self._folder())
+            return
+        package, module = self._folder() / "idm_fast", Path(self.get_ext_filename("idm_fast._C")).name
+        # Editable installs are given a folder that does not last, and would compile all of it each time.
+        objects = Path(self.get_finalized_command("build").build_base if self.editable_mode else self.build_temp)
         try:
-            native.build(SOURCES, Path(self.build_temp) / "native", module, TOOLCHAIN, RECORD)
+            native.build(ROOT / "csrc", objects, package, module, TOOLCHAIN, RECORD)
         except native.CannotBuild as reason:
             sys.exit(f"idm-fast: {reason}")
-        RECORD.write(module.parent)
-        for line in RECORD.lines():
-            print(line)
+        print(*RECORD.lines(), sep="\n")
+
+    def _folder(self) -> Path:
+        return ROOT if self.inplace else Path(self.build_lib)
 
     def get_outputs(self) -> list[str]:
-        return []
+        return [str(file) for file in native.built_files(Path(self.build_lib) / "idm_fast")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        if not self.inplace:
+            return {}
+        package = Path(self.build_lib) / "idm_fast"
+        return {str(package / file.name): str(file) for file in native.built_files(ROOT / "idm_fast")}
 
 
+class Wheel(bdist_wheel):
+    """A wheel without an extension, though one was tried, serves every platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        self.root_is_pure = not RECORD.cpu
+        return super().get_tag() if RECORD.cpu else ("py3", "none", "any")
+
+
+def finish_without_extension(folder: Path) -> None:
+    if REFUSED:
+        sys.exit(f"idm-fast: {REFUSED}")
+    native.install(folder / "idm_fast", {}, RECORD)
+    print(*RECORD.lines(), sep="\n")
+
+
+TOOLCHAIN, RECORD, REFUSED = None, native.Record("none"), None
 try:
     TOOLCHAIN, RECORD = native.decide(native.mode_from_environment())
 except native.CannotBuild as reason:
-    sys.exit(f"idm-fast: {reason}")
+    # An sdist is made without building: only a build is refused.
+    REFUSED = reason
 
 setup(
     ext_modules=[Extension("idm_fast._C", sources=[])] if TOOLCHAIN else [],
-    cmdclass={"build_py": BuildPackage, "build_ext": BuildNative},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,8 +1,9 @@
 """How setup.py builds the native extension: what it finds, what it decides, and the commands. Needs nothing but Python.
 
 IDM_FAST_BUILD=auto|cpu|cuda|python chooses. auto (the default) builds what this machine can and says why not more; cpu and
-cuda build that much or fail with the remedy; python builds nothing. Other variables: CXX, CUDACXX or CUDA_HOME,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), IDM_FAST_TORCH (the folder of an installed torch), MAX_JOBS.
+cuda build that much or fail with the remedy; python builds nothing. Other variables: CXX; CUDACXX, CUDA_HOME or CUDA_PATH
+(one that is set is the only place where nvcc is looked for); TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"); IDM_FAST_TORCH (the folder
+of an installed torch); MAX_JOBS; IDM_FAST_SANITIZE=address,undefined (the CPU extension with the compiler's checks, for tests).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -41,6 +43,10 @@ ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 MEMORY_OF_A_JOB = 2 * 2**30
 
 
+AGAIN = "reinstall idm-fast: pip install --force-reinstall --no-deps --no-cache-dir and what it was installed from"
+"""pip would otherwise take the wheel that it built and kept when the machine was different."""
+
+
 class CannotBuild(Exception):
     """Why something was not built, and what to do; one line."""
 
@@ -66,11 +72,13 @@ class Record:
     cpu: bool = False
     cuda: bool = False
     why_not: dict[str, str] = field(default_factory=dict)
+    python: str = "{}.{}".format(*sys.version_info)
     torch: str | None = None
     torch_cuda: str | None = None
     compiler: str | None = None
     nvcc: str | None = None
     architectures: list[str] = field(default_factory=list)
+    sanitize: str | None = None
     seconds: float = 0.0
 
     def lines(self) -> list[str]:
@@ -81,6 +89,7 @@ class Record:
         return lines
 
     def write(self, package: Path) -> None:
+        """Into the package's folder."""
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
@@ -94,6 +103,12 @@ class Toolchain:
     pybind11: Path
     nvcc: str | None
     architectures: list[str]
+    sanitize: str | None = None
+
+
+def built_files(package: Path) -> list[Path]:
+    """What a build, this one or an earlier one, has put into the package's folder."""
+    return sorted({*package.glob("_C.*"), *package.glob("_cuda.so"), *package.glob("_build.json")})
 
 
 def mode_from_environment() -> str:
@@ -106,38 +121,46 @@ def mode_from_environment() -> str:
 
 def find_torch() -> Torch:
     """The torch of the environment that is installed into; pip's isolated build hides it from `import`, not from the disk."""
-    for folder in _torch_folders():
-        version_file = folder / "version.py"
-        if version_file.is_file():
-            text = version_file.read_text(encoding="utf-8")
-            version = re.search(r"__version__ = '([^']+)'", text)
-            cuda = re.search(r"^cuda: [^=]*= '([^']+)'", text, re.MULTILINE)
-            if version:
-                torch = Torch(folder, version.group(1), cuda.group(1) if cuda else None)
-                if tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2]) < OLDEST_TORCH:
-                    raise CannotBuild(f"torch {torch.version} is installed; install torch 2.10 or newer")
-                return torch
-    raise CannotBuild("no torch is installed here; install it, then idm-fast again with --force-reinstall --no-deps")
+    given = os.environ.get("IDM_FAST_TORCH")
+    for folder in [Path(given)] if given else _torch_folders():
+        torch = _torch_in(folder)
+        if torch is None:
+            continue
+        if tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2]) < OLDEST_TORCH:
+            raise CannotBuild(f"torch {torch.version} is installed; install torch 2.10 or newer, then {AGAIN}")
+        if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+            raise CannotBuild(f"torch {torch.version} has no C++ headers here; install PyTorch's own wheel, then {AGAIN}")
+        return torch
+    if given:
+        raise CannotBuild(f"IDM_FAST_TORCH={given} is not the folder of an installed torch (the one that has version.py)")
+    raise CannotBuild(f"no torch is installed here; install it, then {AGAIN}")
+
+
+def _torch_in(folder: Path) -> Torch | None:
+    version_file = folder / "version.py"
+    if not version_file.is_file():
+        return None
+    text = version_file.read_text(encoding="utf-8")
+    version = re.search(r"__version__ = '([^']+)'", text)
+    cuda = re.search(r"^cuda[^=]*= '([^']+)'", text, re.MULTILINE)
+    return Torch(folder, version.group(1), cuda.group(1) if cuda else None) if version else None
 
 
 def _torch_folders() -> list[Path]:
-    given = os.environ.get("IDM_FAST_TORCH")
-    if given:
-        return [Path(given)]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    bases = [Path(path) for path in sys.path if path]
-    bases += [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    bases = [path for path in sys.path if path]
+    bases += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         if os.environ.get(variable):
-            bases.append(Path(os.environ[variable]) / "lib" / version / "site-packages")
-    import site
-
-    bases += [Path(path) for path in [*site.getsitepackages(), site.getusersitepackages()]]
-    return [base / "torch" for base in bases]
+            bases.append(f"{os.environ[variable]}/lib/{version}/site-packages")
+    # A virtual environment cannot import the user's packages, unless it was made with --system-site-packages.
+    if sys.base_prefix in site.PREFIXES:
+        bases.append(site.getusersitepackages())
+    return [Path(base) / "torch" for base in bases]
 
 
 def find_compiler() -> list[str]:
-    """CXX, or the first C++ compiler on the path; it must compile C++17 for this Python."""
+    """The command CXX, or the first C++ compiler on the path."""
     given = os.environ.get("CXX")
     candidates = [given] if given else ["c++", "g++", "clang++"]
     for candidate in candidates:
@@ -146,7 +169,7 @@ def find_compiler() -> list[str]:
             return command
     if given:
         raise CannotBuild(f"CXX={given} is not on the path")
-    raise CannotBuild("no C++ compiler was found (c++, g++, clang++); on Debian: apt-get install g++")
+    raise CannotBuild("no C++ compiler was found (c++, g++, clang++); install one (Debian: apt-get install g++), or set CXX")
 
 
 def find_python_headers() -> Path:
@@ -167,16 +190,18 @@ def find_pybind11(torch: Torch) -> Path:
 
 
 def find_nvcc() -> str:
-    given = os.environ.get("CUDACXX")
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [given, f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
-    for candidate in candidates:
-        found = candidate and shutil.which(candidate)
-        if found:
+    """nvcc; a variable that names a place is an explicit choice, and nothing else is looked at."""
+    for variable, folder in (("CUDACXX", ""), ("CUDA_HOME", "/bin/nvcc"), ("CUDA_PATH", "/bin/nvcc")):
+        given = os.environ.get(variable)
+        if given:
+            found = shutil.which(given + folder)
+            if found is None:
+                raise CannotBuild(f"{variable}={given}: there is no nvcc; correct it or unset it")
             return found
-        if candidate and candidate == given:
-            raise CannotBuild(f"CUDACXX={given} is not there")
-    raise CannotBuild("no nvcc was found; install the CUDA toolkit, or set CUDA_HOME or CUDACXX")
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        raise CannotBuild("no nvcc was found; install the CUDA toolkit, or set CUDA_HOME or CUDACXX")
+    return found
 
 
 def architectures_for(nvcc: str) -> list[str]:
@@ -218,6 +243,7 @@ def decide(mode: str) -> tuple[Toolchain | None, Record]:
         torch = find_torch()
         record.torch, record.torch_cuda = torch.version, torch.cuda
         toolchain = Toolchain(torch, find_compiler(), find_pybind11(torch), None, [])
+        toolchain.sanitize = record.sanitize = os.environ.get("IDM_FAST_SANITIZE") or None
         find_python_headers()
         record.compiler = version_of(toolchain.cxx)
     except CannotBuild as reason:
@@ -228,6 +254,8 @@ def decide(mode: str) -> tuple[Toolchain | None, Record]:
     try:
         if mode == "cpu":
             raise CannotBuild("IDM_FAST_BUILD=cpu")
+        if toolchain.sanitize:
+            raise CannotBuild("IDM_FAST_SANITIZE is for the CPU extension")
         toolchain.nvcc = find_nvcc()
         toolchain.architectures = architectures_for(toolchain.nvcc)
         record.nvcc, record.architectures = version_of([toolchain.nvcc]), toolchain.architectures
@@ -240,7 +268,7 @@ def decide(mode: str) -> tuple[Toolchain | None, Record]:
 
 @dataclass
 class Job:
-    """One command that makes `output` from `inputs`; `depfile` says what headers it read."""
+    """One command that makes `output` from `inputs`; `depfile` (of a compilation) says what headers it read."""
 
     output: Path
     inputs: list[Path]
@@ -248,68 +276,124 @@ class Job:
     depfile: Path | None = None
 
 
-def jobs_of(toolchain: Toolchain, sources: Path, objects: Path, module: Path) -> list[Job]:
-    """Everything that makes `module` (idm_fast._C) and, with nvcc, `_cuda.so` beside it."""
-    torch = toolchain.torch
-    abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
-    torch_headers = [f"-isystem{path}" for path in torch.includes]
-    python_headers = [f"-isystem{toolchain.pybind11}", f"-isystem{find_python_headers()}"]
-    jobs: list[Job] = []
+@dataclass
+class Compile:
+    """Compilations of C++ into one folder; collects the jobs."""
 
-    def compile_cxx(source: Path, name: str, *flags: str) -> Path:
-        output, depfile = objects / f"{name}.o", objects / f"{name}.d"
-        command = [*toolchain.cxx, *COMPILE, *flags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-        jobs.append(Job(output, [source], command, depfile))
-        return output
+    toolchain: Toolchain
+    objects: Path
+    jobs: list[Job] = field(default_factory=list)
 
-    on_x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = INSTRUCTION_SETS if on_x86 else {"portable": []}
-    kernels = sorted(set((sources / "cpu").glob("*.cpp")) - {sources / "cpu" / "choose.cpp"})
-    cpu = [compile_cxx(k, f"{k.stem}.{isa}", f"-DIDM_ISA={isa}", *flags) for k in kernels for isa, flags in sets.items()]
-    cpu.append(compile_cxx(sources / "cpu" / "choose.cpp", "choose"))
-    cpu += [compile_cxx(s, s.stem, *abi, *torch_headers) for s in sorted((sources / "register").glob("cpu_*.cpp"))]
-    cpu.append(compile_cxx(sources / "schemas.cpp", "schemas", *abi, *torch_headers))
-    cpu.append(compile_cxx(sources / "module.cpp", "module", *abi, *torch_headers, *python_headers))
-    jobs.append(Job(module, cpu, [*toolchain.cxx, *_linking(torch), *map(str, cpu), "-ltorch_cpu", "-o", str(module)]))
+    def cxx(self, source: Path, name: str, *flags: str) -> None:
+        command = [*self.toolchain.cxx, *COMPILE, *_sanitizing(self.toolchain), *flags]
+        self._add(source, name, command, "-MMD")
 
-    if toolchain.nvcc:
-        cuda = []
-        gpu_flags = architecture_flags(toolchain.architectures)
-        for source in sorted((sources / "cuda").glob("*.cu")):
-            output, depfile = objects / f"{source.stem}.cu.o", objects / f"{source.stem}.cu.d"
-            nvcc = [toolchain.nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", *gpu_flags]
-            command = [*nvcc, "-ccbin", toolchain.cxx[0], "-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-            jobs.append(Job(output, [source], command, depfile))
-            cuda.append(output)
-        for source in sorted((sources / "register").glob("cuda_*.cpp")):
-            cuda.append(compile_cxx(source, source.stem, *abi, "-DUSE_CUDA", *torch_headers))
-        library = module.with_name("_cuda.so")
-        runtime = Path(toolchain.nvcc).resolve().parent.parent / "lib64"
-        # The runtime is linked in: it then does not matter which one torch carries.
-        libraries = [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        # torch_cuda's symbols are found when the library is loaded; so it links beside a CPU build of torch as well.
-        jobs.append(Job(library, cuda, [*toolchain.cxx, *_linking(torch), *map(str, cuda), *libraries, "-o", str(library)]))
-    return jobs
+    def cuda(self, source: Path) -> None:
+        nvcc = str(self.toolchain.nvcc)
+        host = [*_host_compiler(self.toolchain), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", *host, *architecture_flags(self.toolchain.architectures)]
+        self._add(source, f"{source.stem}.cu", command, "-MD")
+
+    def _add(self, source: Path, name: str, command: list[str], dependencies: str) -> None:
+        output, depfile = self.objects / f"{name}.o", self.objects / f"{name}.d"
+        files = [dependencies, "-MF", str(depfile), "-c", str(source), "-o", str(output)]
+        self.jobs.append(Job(output, [source], [*command, *files], depfile))
+
+    def link(self, library: Path, command: list[str], *flags: str) -> list[Job]:
+        """All the jobs, with the one that makes `library` of the objects."""
+        objects = [job.output for job in self.jobs]
+        return [*self.jobs, Job(library, objects, [*command, *map(str, objects), *flags, "-o", str(library)])]
 
 
-def _linking(torch: Torch) -> list[str]:
-    library = [f"-L{torch.folder / 'lib'}"]
+def cpu_jobs(toolchain: Toolchain, sources: Path, objects: Path, library: Path) -> list[Job]:
+    """What makes `library` (idm_fast._C)."""
+    compile, torch = Compile(toolchain, objects), _torch_headers(toolchain)
+    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
+    choose = sources / "cpu" / "choose.cpp"
+    for kernel in sorted(set((sources / "cpu").glob("*.cpp")) - {choose}):
+        for isa, flags in sets.items():
+            compile.cxx(kernel, f"{kernel.stem}.{isa}", f"-DIDM_ISA={isa}", *flags)
+    compile.cxx(choose, "choose")
+    for source in [*sorted((sources / "register").glob("cpu_*.cpp")), sources / "schemas.cpp"]:
+        compile.cxx(source, source.stem, *torch)
+    python = [f"-isystem{toolchain.pybind11}", f"-isystem{find_python_headers()}"]
+    compile.cxx(sources / "module.cpp", "module", *torch, *python)
+    link = [*toolchain.cxx, *_linking(), *_sanitizing(toolchain)]
+    return compile.link(library, link, f"-L{toolchain.torch.folder / 'lib'}", "-ltorch_cpu")
+
+
+def cuda_jobs(toolchain: Toolchain, sources: Path, objects: Path, library: Path) -> list[Job]:
+    """What makes `library` (_cuda.so)."""
+    compile, torch = Compile(toolchain, objects), _torch_headers(toolchain)
+    for source in sorted((sources / "cuda").glob("*.cu")):
+        compile.cuda(source)
+    for source in sorted((sources / "register").glob("cuda_*.cpp")):
+        compile.cxx(source, source.stem, *torch, "-DUSE_CUDA")
+    # The CUDA runtime is linked in: which one torch carries then does not matter. nvcc knows where its own lies. torch's
+    # symbols are found when the library is loaded, so that it links beside a CPU build of torch as well.
+    link = [str(toolchain.nvcc), "-shared", "-cudart=static", *_host_compiler(toolchain), "-Xlinker=-s"]
+    return compile.link(library, link)
+
+
+def _torch_headers(toolchain: Toolchain) -> list[str]:
+    # As system headers: their warnings are not ours.
+    headers = [f"-isystem{path}" for path in toolchain.torch.includes]
+    return [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY", *headers]
+
+
+def _host_compiler(toolchain: Toolchain) -> list[str]:
+    program = next(word for word in toolchain.cxx if Path(word).name not in ("ccache", "sccache", "distcc"))
+    return ["-ccbin", program]
+
+
+def _sanitizing(toolchain: Toolchain) -> list[str]:
+    if not toolchain.sanitize:
+        return []
+    return [f"-fsanitize={toolchain.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+
+
+def _linking() -> list[str]:
     if platform.system() == "Darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *library]
-    return ["-shared", "-Wl,--as-needed", "-s", *library]
+        return ["-bundle", "-undefined", "dynamic_lookup"]
+    return ["-shared", "-Wl,--as-needed", "-s"]
 
 
 def parallel_jobs() -> int:
     """MAX_JOBS, or as many as there are cores and 2 GiB of free memory for each."""
-    given = os.environ.get("MAX_JOBS")
+    given = os.environ.get("MAX_JOBS", "")
     if given:
+        if not given.isdigit():
+            raise CannotBuild(f"MAX_JOBS={given}: expected a number of compilers to run at once")
         return max(int(given), 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = free_memory(Path("/"))
+    return cores if memory is None else max(min(cores, memory // MEMORY_OF_A_JOB), 1)
+
+
+def free_memory(root: Path) -> int | None:
+    """Bytes that new programs can have: the kernel's estimate, and no more than a container is allowed; None if unknown."""
+    limits = []
+    meminfo = _text(root / "proc" / "meminfo")
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
+    if available:
+        limits.append(int(available.group(1)) * 1024)
+    # The group of this process and all above it (cgroup v2); in a container, and with v1, the limit stands at the mount.
+    group = re.search(r"^0::/(.*)$", _text(root / "proc" / "self" / "cgroup"), re.MULTILINE)
+    mount = root / "sys" / "fs" / "cgroup"
+    inner = mount / (group.group(1) if group else "")
+    folders = [folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount)]
+    for file in [*(folder / "memory.max" for folder in folders), mount / "memory" / "memory.limit_in_bytes"]:
+        text = _text(file).strip()
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def _text(path: Path) -> str:
     try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return cores
-    return max(min(cores, available // MEMORY_OF_A_JOB), 1)
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def run_jobs(jobs: list[Job], objects: Path) -> None:
@@ -318,22 +402,25 @@ def run_jobs(jobs: list[Job], objects: Path) -> None:
     ninja = _ninja()
     if ninja:
         (objects / "build.ninja").write_text(_ninja_file(jobs), encoding="utf-8")
-        command = [ninja, "-C", str(objects), "-j", str(parallel_jobs())]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            raise CannotBuild(_first_error(done.stdout))
+        _run([ninja, "-C", str(objects), "-j", str(parallel_jobs())])
         return
-
-    def run(job: Job) -> None:
-        done = subprocess.run(job.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            raise CannotBuild(_first_error(done.stdout))
-
-    links = [job for job in jobs if job.depfile is None]
     with ThreadPoolExecutor(parallel_jobs()) as pool:
-        list(pool.map(run, [job for job in jobs if job.depfile is not None]))
-    for job in links:
-        run(job)
+        compilations = [pool.submit(_run, job.command) for job in jobs if job.depfile]
+        try:
+            for compilation in compilations:
+                compilation.result()
+        except CannotBuild:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for job in jobs:
+        if not job.depfile:
+            _run(job.command)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise CannotBuild(_first_error(done.stdout))
 
 
 def _ninja() -> str | None:
@@ -362,26 +449,45 @@ def _ninja_path(path: Path) -> str:
 
 def _first_error(output: str) -> str:
     lines = output.splitlines()
-    errors = [line for line in lines if re.search(r"\berror\b|cannot find|undefined reference", line)]
+    errors = [line for line in lines if re.search(r"\berror\b:?|cannot find|undefined reference|not found", line)]
     sys.stderr.write(output[-8000:] + "\n")
     return (errors or lines or ["the compiler failed without a word"])[0].strip()
 
 
-def build(sources: Path, objects: Path, module: Path, toolchain: Toolchain, record: Record) -> None:
-    """Build into `module`'s folder and complete `record`. In mode auto a failure is recorded, not raised."""
+def build(sources: Path, objects: Path, package: Path, module: str, toolchain: Toolchain, record: Record) -> None:
+    """Build into the folder `package`, the C++ extension under the file name `module`, and complete `record`.
+
+    What an earlier build left there goes. In mode auto a failure is recorded; in others CannotBuild is raised, and the folder
+    is as it was.
+    """
     started = time.perf_counter()
-    module.parent.mkdir(parents=True, exist_ok=True)
-    jobs = jobs_of(toolchain, sources.resolve(), objects.resolve(), module.resolve())
+    sources = sources.resolve()
+    # A folder for each: objects do not mention torch's headers as something that they depend on.
+    objects = objects.resolve() / "-".join(filter(None, ["native", toolchain.torch.version, toolchain.sanitize]))
+    made = {}
     try:
-        run_jobs(jobs, objects)
-        record.cpu, record.cuda = True, toolchain.nvcc is not None
-    except CannotBuild as reason:
-        if record.mode == "cuda" or (record.mode == "cpu"):
-            raise CannotBuild(f"IDM_FAST_BUILD={record.mode}: compiling failed: {reason}") from None
+        made[module] = objects / "cpu" / "_C.so"
+        run_jobs(cpu_jobs(toolchain, sources, objects / "cpu", made[module]), objects / "cpu")
+        record.cpu = True
         if toolchain.nvcc:
-            toolchain.nvcc = None
-            record.why_not["CUDA"] = f"compiling failed: {reason}"
-            build(sources, objects, module, toolchain, record)
-        else:
-            record.why_not["C++"] = f"compiling failed: {reason}"
+            made["_cuda.so"] = objects / "cuda" / "_cuda.so"
+            run_jobs(cuda_jobs(toolchain, sources, objects / "cuda", made["_cuda.so"]), objects / "cuda")
+            record.cuda = True
+    except CannotBuild as reason:
+        made.popitem()
+        failed = "CUDA" if record.cpu else "C++"
+        if record.mode != "auto":
+            raise CannotBuild(f"IDM_FAST_BUILD={record.mode}: compiling the {failed} extension failed: {reason}") from None
+        record.why_not[failed] = f"compiling failed: {reason}"
+        record.why_not.setdefault("CUDA", "it needs the C++ extension")
     record.seconds = round(time.perf_counter() - started, 1)
+    install(package, made, record)
+
+
+def install(package: Path, made: dict[str, Path], record: Record) -> None:
+    """Put the files `made` (by their names there) and the record into the package's folder, in place of an earlier build's."""
+    for file in built_files(package):
+        file.unlink()
+    record.write(package)
+    for name, file in made.items():
+        shutil.copy2(file, package / name)
