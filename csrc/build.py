@@ -316,8 +316,9 @@ def cpu_jobs(toolchain: Toolchain, sources: Path, objects: Path, library: Path) 
     compile.cxx(choose, "choose")
     for source in [*sorted((sources / "register").glob("cpu_*.cpp")), sources / "schemas.cpp"]:
         compile.cxx(source, source.stem, *torch)
-    python = [f"-isystem{toolchain.pybind11}", f"-isystem{find_python_headers()}"]
-    compile.cxx(sources / "module.cpp", "module", *torch, *python)
+    # Without the flags of the stable ABI: with them, pybind11's headers in older torch refuse to be used.
+    headers = [*toolchain.torch.includes, toolchain.pybind11, find_python_headers()]
+    compile.cxx(sources / "module.cpp", "module", *(f"-isystem{folder}" for folder in headers))
     link = [*toolchain.cxx, *_linking(), *_sanitizing(toolchain)]
     return compile.link(library, link, f"-L{toolchain.torch.folder / 'lib'}", "-ltorch_cpu")
 
