@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(IDM_EMULATED)
 #include "emulation.h"
@@ -68,13 +69,43 @@ struct WordOf<2> {
   using type = uint16_t;
 };
 
+// By instructions of their own: plain accesses are torn apart where the compiler merges them with those of single elements.
+template <class Word>
+__device__ __forceinline__ Word load_word(const Word* from) {
+#if defined(__CUDA_ARCH__)
+  Word w;
+  if constexpr (sizeof(Word) == 16) {
+    asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from) : "memory");
+    return w;
+  } else if constexpr (sizeof(Word) == 8) {
+    asm volatile("ld.global.v2.b32 {%0,%1}, [%2];" : "=r"(w.x), "=r"(w.y) : "l"(from) : "memory");
+    return w;
+  }
+#endif
+  return *from;
+}
+
+template <class Word>
+__device__ __forceinline__ void store_word(Word* to, Word w) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Word) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+  else if constexpr (sizeof(Word) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(w.x), "r"(w.y) : "memory");
+  else
+    *to = w;
+#else
+  *to = w;
+#endif
+}
+
 template <class T, int W>
 __device__ __forceinline__ Pack<T, W> load_pack(const T* from) {
   using Word = typename WordOf<alignof(Pack<T, W>)>::type;
   Pack<T, W> pack;
 #pragma unroll
   for (int i = 0; i < int(sizeof(pack) / sizeof(Word)); ++i)
-    reinterpret_cast<Word*>(&pack)[i] = reinterpret_cast<const Word*>(from)[i];
+    reinterpret_cast<Word*>(&pack)[i] = load_word(reinterpret_cast<const Word*>(from) + i);
   return pack;
 }
 
@@ -83,7 +114,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, W>& pack) {
   using Word = typename WordOf<alignof(Pack<T, W>)>::type;
 #pragma unroll
   for (int i = 0; i < int(sizeof(pack) / sizeof(Word)); ++i)
-    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(&pack)[i];
+    store_word(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(&pack)[i]);
 }
 
 // The first `count` of W elements; by accesses of 16 bytes when `packed` says that `from` is aligned and all are there.

@@ -1,9 +1,12 @@
 // GroupNorm with SiLU behind it on the GPU, NCHW and NHWC. x is read twice, and the gradient reads dout and x twice.
 //
-// First every block leaves, for each channel, the statistics of its part of the positions (the gradient: two sums); few threads
+// First every block leaves, for each channel, the statistics of its part of the positions (the gradient: Σ g and Σ g·(x − mean)); few threads
 // put the parts of a group together, in a fixed order and in float64; then a pass over the elements. In NCHW a block takes a part
 // of one channel's plane. In NHWC it takes some positions with all channels: a thread keeps its channels, 16 bytes of them.
 #include "../formulas/group_norm.h"
+
+#include <initializer_list>
+#include <type_traits>
 
 #include "device.h"
 #include "launchers.h"
@@ -54,14 +57,13 @@ struct Parameters {
 // What is done to one channel of one image.
 template <class S>
 struct Channel {
-  S mean, rstd, scale, bias;
+  S mean, scale, bias;
 };
 
 template <class S>
 __device__ __forceinline__ Channel<S> channel_of(const Parameters<S>& p, const Shape& shape, int64_t image, int64_t channel) {
   const int64_t group = image * shape.groups + channel / shape.per_group();
-  const S rstd = p.rstd[group];
-  return {p.mean[group], rstd, rstd * p.weight[channel], p.bias[channel]};
+  return {p.mean[group], p.rstd[group] * p.weight[channel], p.bias[channel]};
 }
 
 template <class S>
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
       const S value = read<S>(xs.values[i]);
       const S g = i < there ? through_silu(read<S>(douts.values[i]), value, c, p.silu) : S(0);
       sum += g;
-      product += g * ((value - c.mean) * c.rstd);
+      product += g * (value - c.mean);
     }
   });
   sum = block_sum<NORM_THREADS>(sum);
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
     for (int i = 0; i < W; ++i) {
       const S value = read<S>(xs.values[i]), g = through_silu(read<S>(douts.values[i]), value, c[i], p.silu);
       sum[i] += g;
-      product[i] += g * ((value - c[i].mean) * c[i].rstd);
+      product[i] += g * (value - c[i].mean);
     }
   });
 #pragma unroll
@@ -367,6 +369,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
     group_sums_kernel(const S* partial, Shape shape, Parameters<S> p, double* sums, S* per_group) {
   const int64_t image = blockIdx.x / shape.groups, first = blockIdx.x % shape.groups * shape.per_group();
   const int lane = int(threadIdx.x) % WARP;
+  const double rstd = double(p.rstd[blockIdx.x]), elements = double(shape.positions * shape.per_group());
   double shift = 0, slope = 0;
   for (int64_t i = threadIdx.x / WARP; i < shape.per_group(); i += COMBINE_THREADS / WARP) {
     double sum = 0, product = 0;
@@ -376,7 +379,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
       product += double(two[1]);
     }
     sum = warp_sum(sum);
-    product = warp_sum(product);
+    product = warp_sum(product) * rstd;
     if (lane != 0) continue;
     sums[2 * (image * shape.channels + first + i)] = sum;
     sums[2 * (image * shape.channels + first + i) + 1] = product;
@@ -386,7 +389,6 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
   shift = block_sum<COMBINE_THREADS>(shift);
   slope = block_sum<COMBINE_THREADS>(slope);
   if (threadIdx.x != 0) return;
-  const double rstd = double(p.rstd[blockIdx.x]), elements = double(shape.positions * shape.per_group());
   per_group[2 * blockIdx.x] = S(rstd * shift / elements);
   per_group[2 * blockIdx.x + 1] = S(rstd * rstd * slope / elements);
 }

@@ -44,4 +44,29 @@ int64_t norm_partials(const NormArguments&);
 void group_norm_silu(const NormArguments&, void* stream);
 void group_norm_silu_backward(const NormArguments&, void* stream);
 
+// `images` images of `pixels` pixels, `pixels` a multiple of N; matrix (N, q), permutation (pixels,), y (images, pixels/N, q);
+// all dense, of one dtype. ᾱ are one element each of the dtype of sums. An entry of the permutation out of range is never
+// followed: the pixel is read as NaN, which its row's measurements then are, and not written.
+//   measure: x → y_out                project_step: x, e, y, ᾱ → x_out; y_out is room for the residual
+//   adjoint: y → x_out                project_step_backward: g, x, e, y, ᾱ → x_out (dx), e_out (de), y_out (dy), dabar
+//   gram: x → x_out; y_out is room for A x
+struct ProjectArguments {
+  Dtype dtype;
+  int64_t images, pixels, N, q;
+  const void* matrix;
+  const int64_t* permutation;
+  const void *abar_t, *abar_prev;
+  const void *g, *x, *e, *y;
+  void *x_out, *e_out, *y_out;
+  void *dabar_t, *dabar_prev;
+  double* partial;  // of the gradient: project_partials(…) numbers
+};
+
+int64_t project_partials(const ProjectArguments&);
+void measure(const ProjectArguments&, void* stream);
+void adjoint(const ProjectArguments&, void* stream);
+void gram(const ProjectArguments&, void* stream);
+void project_step(const ProjectArguments&, void* stream);
+void project_step_backward(const ProjectArguments&, void* stream);
+
 }  // namespace idm::cuda

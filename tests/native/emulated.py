@@ -1,7 +1,7 @@
-"""Builds the CUDA sources for the CPU, on the emulation of a GPU in emulation/, and puts them behind the ops.
+"""Builds the CUDA sources for the CPU, on the emulation of a GPU in emulation/.
 
-The same kernels, launchers, checks and registration as in idm_fast/_cuda.so, compiled by the C++ compiler with IDM_EMULATED;
-they serve CPU tensors as implementation "cuda". `python tests/native/emulated.py FOLDER` builds the library with
+The same kernels, launchers, checks and registration as in idm_fast/_cuda.so, compiled by the C++ compiler with IDM_EMULATED.
+They serve CPU tensors. `python tests/native/emulated.py FOLDER` builds the library with
 AddressSanitizer and UBSan, which a test does in a process of its own.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from idm_fast.ops.registry import OPS, add_implementation
+from idm_fast.ops.registry import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -58,18 +60,16 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     return library
 
 
-def load(library: Path) -> None:
-    """Register the kernels of `library` as implementation "cuda" of CPU tensors."""
+def functions(library: Path) -> dict[str, Callable[..., Any]]:
+    """The ops of `library` by name, registered for CPU tensors as torch.ops.idm_fast_emulated."""
     schemas = torch.library.Library("idm_fast_emulated", "DEF")
-    for name, op in OPS.items():
-        schemas.define(str(op.overload._schema).replace("idm_fast::", "").replace(".default", ""))
+    for op in OPS.values():
+        schemas.define(str(op.overload._schema).removeprefix("idm_fast::"))
     KEPT.append(schemas)
     torch.ops.load_library(str(library))
-    prefix = "idm_fast_emulated::"
-    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
-        if name.startswith(prefix):
-            op = name.removeprefix(prefix)
-            add_implementation(op, "cuda", getattr(torch.ops.idm_fast_emulated, op).default, ("cpu",))
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    names = [name.removeprefix("idm_fast_emulated::") for name in registered if name.startswith("idm_fast_emulated::")]
+    return {name: getattr(torch.ops.idm_fast_emulated, name).default for name in names}
 
 
 KEPT: list[torch.library.Library] = []
