@@ -349,8 +349,9 @@ void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
     }
   });
   const Step<double> step = step_of<double>(a);
-  a.dabar[0] = (dx0_e / step.c - dx0_x0 / step.s) / (2 * step.s);
-  a.dabar[1] = (dx0_x0 + dy_y) / (2 * a.abar_prev) - g_e / (2 * step.c_prev);
+  const AbarGradient<double> gradient = abar_gradient(dx0_x0, dx0_e, g_e, dy_y, step);
+  a.dabar[0] = gradient.of_t;
+  a.dabar[1] = gradient.of_prev;
 }
 
 }  // namespace idm::cpu::IDM_ISA

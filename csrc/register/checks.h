@@ -36,8 +36,8 @@ inline std::string shape_of(const Tensor& x) {
   return text + ")";
 }
 
-inline Dtype dtype_of(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
+inline Dtype dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::Double: return Dtype::float64;
     case ScalarType::BFloat16: return Dtype::bfloat16;
@@ -45,6 +45,8 @@ inline Dtype dtype_of(const char* name, const Tensor& x) {
     default: fail(name, ": its dtype is none of float32, float64, bfloat16, float16");
   }
 }
+
+inline Dtype dtype_of(const char* name, const Tensor& x) { return dtype_of(name, x.scalar_type()); }
 
 inline void check_same_shape(const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
   bool same = a.dim() == b.dim();
