@@ -15,7 +15,7 @@ InjectArguments prepare(const char* name, const Tensor& h, const Tensor& weight,
   check_cpu(name, h);
   check_cpu("weight", weight);
   check(h.dim() == 4, name, " is ", shape_of(h), ", expected (B, C, H/r, W/r)");
-  check(r > 0 && h.size(1) % (r * r) == 0, "r is ", r, ", and ", name, " has ", h.size(1), " channels; they must be a multiple of r²");
+  check(r > 0 && h.size(1) % product_of("r and r", r, r) == 0, "r is ", r, ", and ", name, " has ", h.size(1), " channels; they must be a multiple of r²");
   const int64_t channels = h.size(1) / (r * r);
   check(weight.numel() == (write ? 3 : 1) * channels, "weight is ", shape_of(weight), ", expected ",
         write ? "(C/r², 3, 1, 1)" : "(1, C/r², 1, 1)", " for ", name, " of ", shape_of(h), " and r = ", r);
