@@ -8,9 +8,11 @@ from idm_fast.ops.geglu import geglu
 from idm_fast.ops.group_norm import group_norm_silu
 from idm_fast.ops.injector import inject_couple, inject_read, inject_read_through, inject_write
 from idm_fast.ops.layer_norm import layer_norm
+from idm_fast.ops.native import load_cpu
 from idm_fast.ops.projection import adjoint, gram, measure, project_step
 from idm_fast.ops.registry import choose_from_environment, report, use
 
+load_cpu()
 choose_from_environment()
 
 __all__ = [

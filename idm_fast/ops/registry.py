@@ -10,6 +10,7 @@ at their first need: an explicit choice, or a report.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +21,15 @@ import torch
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Automatic order of choice. An implementation that a benchmark does not justify is not registered for automatic use."""
 
-NEVER_AUTOMATIC = {("triton", "cpu"), ("triton", "cuda")}
+NEVER_AUTOMATIC = {("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda")}
 """Taken on explicit choice alone. On CPU tensors Triton's kernels run in its interpreter, thousands of times slower: for
-proofs. On a GPU they have not been run or timed yet, only interpreted and compiled."""
+proofs. On a GPU neither they nor the CUDA extension have been run or timed yet, only compiled."""
+
+MEASURED_SLOWER: set[tuple[str, str]] = set()
+"""(implementation, op) that a benchmark found slower than what comes after it in ORDER: on explicit choice alone, too."""
+
+FOR_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+"""The device type that each implementation is for; where it is missing there, the log says so."""
 
 LIBRARY = torch.library.Library("idm_fast", "DEF")
 
@@ -40,14 +47,19 @@ class Op:
         if _choice is not None:
             return self._explicit(_choice, device_type)
         for name in ORDER:
-            if name in self.implementations and self.serves(name, device_type):
-                if (name, device_type) not in NEVER_AUTOMATIC:
+            if self.automatic(name, device_type):
+                if name in self.implementations and self.serves(name, device_type):
                     return name
+                if FOR_DEVICE.get(name) == device_type:
+                    log_missing(name, self.name)
         raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
 
     def serves(self, name: str, device_type: str) -> bool:
         devices = self.implementations[name][1]
         return devices is None or device_type in devices
+
+    def automatic(self, name: str, device_type: str) -> bool:
+        return (name, device_type) not in NEVER_AUTOMATIC and (name, self.name) not in MEASURED_SLOWER
 
     def _explicit(self, name: str, device_type: str) -> str:
         if name not in self.implementations:
@@ -146,14 +158,35 @@ def load_triton() -> str | None:
     return reason
 
 
+def load(name: str | None) -> str | None:
+    """Add the implementations `name`, once; returns None, or why they cannot be had in this process."""
+    from idm_fast.ops import native
+
+    loaders = {"triton": load_triton, "cuda": native.load_cuda, "cpu": native.load_cpu}
+    return loaders[name]() if name in loaders else None
+
+
 def missing_reason(name: str) -> str:
     """Why no op, or not the one that was asked for, has implementation `name` in this process."""
-    reasons = {
-        "triton": load_triton() or "this version of idm_fast ships no Triton kernel for it yet",
-        "cuda": "this version of idm_fast ships no CUDA extension yet",
-        "cpu": "this version of idm_fast ships no C++ extension yet",
-    }
-    return reasons.get(name, f"unknown implementation; known are {', '.join(ORDER)}")
+    if name not in ORDER:
+        return f"unknown implementation; known are {', '.join(ORDER)}"
+    return load(name) or f"{name} has no kernel for it"
+
+
+_logged: set[str] = set()
+
+
+def log_missing(name: str, op: str) -> None:
+    """Warn, once a process, that implementation `name` cannot be had; `op` is what has first asked for it.
+
+    An op for which `name` exists but has no kernel is no news: doctor lists it.
+    """
+    if name in _logged:
+        return
+    _logged.add(name)
+    reason = load(name)
+    if reason:
+        logging.getLogger(__name__).warning("idm_fast::%s, and others, run without %r, which is missing: %s", op, name, reason)
 
 
 class use:
@@ -165,8 +198,7 @@ class use:
 
     def __init__(self, name: str | None) -> None:
         global _choice
-        if name == "triton":
-            load_triton()
+        load(name)
         if name is not None and not any(name in op.implementations for op in OPS.values()):
             raise RuntimeError(f"implementation {name!r} cannot be used: {missing_reason(name)}")
         self._previous = _choice
@@ -210,7 +242,9 @@ def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
     """Rows for `idm-fast doctor`, for the device types of this machine."""
     if device_types is None:
         device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    load_triton()
+    for name in device_types:
+        load(name)
+    load("triton")
     for op in OPS.values():
         for device in device_types:
             available = tuple(name for name in ORDER if name in op.implementations and op.serves(name, device))
@@ -219,7 +253,7 @@ def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
             except RuntimeError as error:
                 yield ReportRow(op.name, device, "none", str(error), available)
                 continue
-            automatic = [name for name in available if (name, device) not in NEVER_AUTOMATIC]
+            automatic = [name for name in available if op.automatic(name, device)]
             if _choice is not None:
                 reason = f"chosen explicitly ({_choice})"
             elif len(available) == 1:

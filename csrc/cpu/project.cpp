@@ -1,0 +1,357 @@
+// Block compressed sensing on the CPU: measure, adjoint, gram, and one sampling step with its gradient.
+//
+// A row is N pixels in the permutation's order. Rows are taken by tiles, as many as fit in two registers side by side, and lie
+// in scratch transposed: element k of every row of the tile in one line. So both products, Yᵀ = Φᵀ·Xᵀ and Xᵀ = Φ·Yᵀ, read
+// single elements of Φ as it lies in memory and multiply them with lines of the tile; nothing is packed but the rows, which
+// have to be gathered anyway. A tile goes through gather, product, product and scatter while it is in the cache.
+#include "../formulas/projection.h"
+
+#include <math.h>
+
+#include "rows.h"
+#include "vector.h"
+
+namespace idm::cpu::IDM_ISA {
+
+namespace {
+
+// Elements over which a sum of a dense pass runs before the sums are added in order, and that a thread takes at a time.
+constexpr int64_t CHUNK = 16384;
+
+// Rows of Φ or Φᵀ at a time: their sums, two lines each, take three quarters of the registers.
+constexpr int BLOCK = VECTOR_REGISTERS * 3 / 8;
+
+template <class S>
+constexpr int TILE = 2 * LANES<S>;
+
+template <class S>
+struct Operator {
+  const S* matrix;
+  const int64_t* permutation;
+  int64_t N, q, pixels, rows;  // rows: of all images
+
+  int64_t tiles() const { return (rows + TILE<S> - 1) / TILE<S>; }
+  int64_t rows_of(int64_t tile) const { return rows - tile * TILE<S> < TILE<S> ? rows - tile * TILE<S> : TILE<S>; }
+  // Where the pixels of a row stand: in the image that begins at `offset`.
+  const int64_t* places(int64_t row, int64_t& offset) const {
+    const int64_t first = row * N;
+    offset = first / pixels * pixels;
+    return permutation + (first - offset);
+  }
+};
+
+// out[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r. A running sum is ended every DEPTH terms: it loses digits as it grows.
+template <int R, class S>
+IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, S (&out)[R][TILE<S>]) {
+  constexpr int64_t DEPTH = 64;
+  std::memset(out, 0, sizeof out);
+  for (int64_t begin = 0; begin < terms; begin += DEPTH) {
+    const int64_t end = begin + DEPTH < terms ? begin + DEPTH : terms;
+    Vector<S> sums[R][2] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const S a = A[r * across + k * along];
+        sums[r][0] += a * left;
+        sums[r][1] += a * right;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store_vector(out[r], load_vector(out[r]) + sums[r][0]);
+      store_vector(out[r] + LANES<S>, load_vector(out[r] + LANES<S>) + sums[r][1]);
+    }
+  }
+}
+
+// All `count` rows of A from `first` on, R at a time, then fewer; take(first row, how many, lines) gets the product's rows.
+template <int R, class S, class Take>
+void product(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, int64_t first, int64_t count, Take& take) {
+  alignas(64) S out[R][TILE<S>];
+  for (; first + R <= count; first += R) {
+    multiply<R>(A + first * across, across, along, lines, terms, out);
+    take(first, R, out[0]);
+  }
+  if constexpr (R > 1) {
+    if (first < count) product<R / 2>(A, across, along, lines, terms, first, count, take);
+  }
+}
+
+// Yᵀ = Φᵀ·Xᵀ; take as above, a row being a measurement.
+template <class S, class Take>
+IDM_INLINE void times_matrix(const Operator<S>& op, const S* pixels, Take take) {
+  product<BLOCK>(op.matrix, int64_t{1}, op.q, pixels, op.N, int64_t{0}, op.q, take);
+}
+
+// Xᵀ = Φ·Yᵀ; a row is a pixel.
+template <class S, class Take>
+IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, Take take) {
+  product<BLOCK>(op.matrix, op.q, int64_t{1}, measurements, op.q, int64_t{0}, op.N, take);
+}
+
+// Brings the images that the tile's pixels stand in into the cache, in order: faster than to meet their lines at random, unless
+// the tile has few of their pixels.
+template <bool WRITE, class S, class T>
+void prefetch(const Operator<S>& op, const T* images, int64_t tile) {
+  const int64_t last = tile * TILE<S> + op.rows_of(tile) - 1;
+  const T* begin = images + tile * TILE<S> * op.N / op.pixels * op.pixels;
+  const T* end = images + (last * op.N / op.pixels + 1) * op.pixels;
+  if (end - begin > 4 * TILE<S> * op.N) return;
+  for (const T* line = begin; line < end; line += 64 / sizeof(T)) __builtin_prefetch(line, WRITE, 2);
+}
+
+// The tile's pixels out of `images`, transposed; rows that are not there are zero.
+template <class S>
+void gather(const Operator<S>& op, const S* images, int64_t tile, S* pixels) {
+  constexpr int64_t BAND = 64;
+  const int64_t rows = op.rows_of(tile);
+  prefetch<false>(op, images, tile);
+  for (int64_t begin = 0; begin < op.N; begin += BAND) {
+    const int64_t end = begin + BAND < op.N ? begin + BAND : op.N;
+    for (int64_t m = 0; m < rows; ++m) {
+      int64_t offset;
+      const int64_t* places = op.places(tile * TILE<S> + m, offset);
+      for (int64_t n = begin; n < end; ++n) pixels[n * TILE<S> + m] = images[offset + places[n]];
+    }
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t m = rows; m < TILE<S>; ++m) pixels[n * TILE<S> + m] = 0;
+  }
+}
+
+// put(pixel of images, value) for every pixel of the tile that times_transposed gives.
+template <class S, class T, class Put>
+IDM_INLINE void scatter(const Operator<S>& op, const S* measurements, int64_t tile, T* images, Put put) {
+  const int64_t rows = op.rows_of(tile);
+  prefetch<true>(op, images, tile);
+  times_transposed(op, measurements, [&](int64_t n, int64_t count, const S* lines) {
+    for (int64_t m = 0; m < rows; ++m) {
+      int64_t offset;
+      const int64_t* places = op.places(tile * TILE<S> + m, offset) + n;
+      for (int64_t r = 0; r < count; ++r) put(images[offset + places[r]], lines[r * TILE<S> + m]);
+    }
+  });
+}
+
+// The tile's measurements out of y, transposed; rows that are not there are zero.
+template <class S, class T>
+void load_measurements(const Operator<S>& op, const T* y, int64_t tile, S* measurements) {
+  const int64_t rows = op.rows_of(tile);
+  for (int64_t j = 0; j < op.q; ++j)
+    for (int64_t m = 0; m < TILE<S>; ++m)
+      measurements[j * TILE<S> + m] = m < rows ? S(load(y[(tile * TILE<S> + m) * op.q + j])) : S(0);
+}
+
+template <class S, class T>
+void store_measurements(const Operator<S>& op, const S* measurements, int64_t tile, T* y) {
+  for (int64_t m = 0; m < op.rows_of(tile); ++m)
+    for (int64_t j = 0; j < op.q; ++j)
+      y[(tile * TILE<S> + m) * op.q + j] = Store<T>::of(measurements[j * TILE<S> + m]);
+}
+
+// each(chunk, begin, end) for all chunks of [0, count).
+template <class Each>
+void over_chunks(int64_t count, ParallelFor loop, const Each& each) {
+  parallel(loop, (count + CHUNK - 1) / CHUNK, 1, [&](int64_t chunk) {
+    const int64_t begin = chunk * CHUNK;
+    each(chunk, begin, begin + CHUNK < count ? begin + CHUNK : count);
+  });
+}
+
+// `from` in the dtype of sums: itself, or a copy in `room`.
+template <class S, class T>
+const S* accurate(const void* from, S* room, int64_t count, ParallelFor loop) {
+  if constexpr (SAME<T, S>) return static_cast<const S*>(from);
+  over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
+    const T* values = static_cast<const T*>(from);
+    for (int64_t i = begin; i < end; ++i) room[i] = load(values[i]);
+  });
+  return room;
+}
+
+// f(T{}, op): the operator with its matrix in the dtype of sums.
+template <class Function>
+void with_operator(const ProjectArguments& a, ParallelFor loop, const Function& f) {
+  with_type(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    const int64_t rows = a.images * (a.pixels / a.N);
+    if (rows == 0) return;
+    Scratch<S> room(SAME<T, S> ? 0 : a.N * a.q);
+    f(element, Operator<S>{accurate<S, T>(a.matrix, room, a.N * a.q, loop), a.permutation, a.N, a.q, a.pixels, rows});
+  });
+}
+
+// Images that are worked on in the dtype of sums: in the output's own memory where it has that dtype.
+template <class S, class T>
+class Canvas {
+ public:
+  Canvas(void* out, int64_t count) : out_(static_cast<T*>(out)), room_(SAME<T, S> ? 0 : count) {}
+
+  S* data() {
+    if constexpr (SAME<T, S>) return out_;
+    else return room_;
+  }
+
+  T* out() { return out_; }
+
+ private:
+  T* out_;
+  Scratch<S> room_;
+};
+
+template <class S>
+Step<S> step_of(const ProjectArguments& a) {
+  return {S(sqrt(a.abar_t)), S(sqrt(1 - a.abar_t)), S(sqrt(a.abar_prev)), S(sqrt(1 - a.abar_prev))};
+}
+
+}  // namespace
+
+void check_permutation(const PermutationArguments& a, ParallelFor) {
+  uint64_t outside = 0;
+  for (int64_t i = 0; i < a.count; ++i) outside |= uint64_t(uint64_t(a.entries[i]) >= uint64_t(a.count));
+  *a.holds = outside == 0;
+}
+
+void measure(const ProjectArguments& a, ParallelFor loop) {
+  with_operator(a, loop, [&](auto element, auto op) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    Scratch<S> room(SAME<T, S> ? 0 : a.images * a.pixels);
+    const S* x = accurate<S, T>(a.x, room, a.images * a.pixels, loop);
+    parallel(loop, op.tiles(), 1, [&](int64_t tile) {
+      Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
+      gather(op, x, tile, +pixels);
+      times_matrix(op, +pixels, [&](int64_t j, int64_t count, const S* lines) {
+        std::memcpy(measurements + j * TILE<S>, lines, count * TILE<S> * sizeof(S));
+      });
+      store_measurements(op, +measurements, tile, static_cast<T*>(a.y_out));
+    });
+  });
+}
+
+void adjoint(const ProjectArguments& a, ParallelFor loop) {
+  with_operator(a, loop, [&](auto element, auto op) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    parallel(loop, op.tiles(), 1, [&](int64_t tile) {
+      Scratch<S> measurements(op.q * TILE<S>);
+      load_measurements(op, static_cast<const T*>(a.y), tile, +measurements);
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
+    });
+  });
+}
+
+void gram(const ProjectArguments& a, ParallelFor loop) {
+  with_operator(a, loop, [&](auto element, auto op) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    Scratch<S> room(SAME<T, S> ? 0 : a.images * a.pixels);
+    const S* x = accurate<S, T>(a.x, room, a.images * a.pixels, loop);
+    parallel(loop, op.tiles(), 1, [&](int64_t tile) {
+      Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
+      gather(op, x, tile, +pixels);
+      times_matrix(op, +pixels, [&](int64_t j, int64_t count, const S* lines) {
+        std::memcpy(measurements + j * TILE<S>, lines, count * TILE<S> * sizeof(S));
+      });
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
+    });
+  });
+}
+
+// x0 into the canvas, minus Aᵀ(A x0 − y) tile by tile, and the update: each pixel belongs to one tile.
+void project_step(const ProjectArguments& a, ParallelFor loop) {
+  with_operator(a, loop, [&](auto element, auto op) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    const int64_t count = a.images * a.pixels;
+    const Step<S> step = step_of<S>(a);
+    const T *x = static_cast<const T*>(a.x), *e = static_cast<const T*>(a.e);
+    Canvas<S, T> canvas(a.x_out, count);
+    S* image = canvas.data();
+    T* out = canvas.out();
+    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
+      IDM_VECTOR_LOOP
+      for (int64_t i = begin; i < end; ++i) image[i] = denoised(S(load(x[i])), S(load(e[i])), step);
+    });
+    parallel(loop, op.tiles(), 1, [&](int64_t tile) {
+      Scratch<S> pixels(op.N * TILE<S>), residual(op.q * TILE<S>);
+      gather(op, image, tile, +pixels);
+      load_measurements(op, static_cast<const T*>(a.y), tile, +residual);
+      times_matrix(op, +pixels, [&](int64_t j, int64_t lines_here, const S* lines) {
+        S* r = residual + j * TILE<S>;
+        for (int64_t i = 0; i < lines_here * TILE<S>; ++i) r[i] = lines[i] - r[i];
+      });
+      scatter(op, +residual, tile, image, [](S& pixel, S value) { pixel -= value; });
+    });
+    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
+      IDM_VECTOR_LOOP
+      for (int64_t i = begin; i < end; ++i) out[i] = Store<T>::of(ddim_update(image[i], S(load(e[i])), step));
+    });
+  });
+}
+
+// With P = I − AᵀA, symmetric: dx0 = P·s'·g and dy = A·s'·g, by one product with Φ and one with Φᵀ. The projected image
+// p = P·x0 + Aᵀy is needed in <g, p> alone, which is (<dx0, x0> + <dy, y>)/s': two more products are saved.
+void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
+  double dx0_x0 = 0, dx0_e = 0, g_e = 0, dy_y = 0;
+  with_operator(a, loop, [&](auto element, auto op) {
+    using T = decltype(element);
+    using S = Accumulate<T>;
+    const int64_t count = a.images * a.pixels, chunks = (count + CHUNK - 1) / CHUNK;
+    const Step<S> step = step_of<S>(a);
+    const T *g = static_cast<const T*>(a.g), *x = static_cast<const T*>(a.x), *e = static_cast<const T*>(a.e);
+    const T* y = static_cast<const T*>(a.y);
+    T *de = static_cast<T*>(a.e_out), *dy = static_cast<T*>(a.y_out);
+    Canvas<S, T> canvas(a.x_out, count);
+    S* image = canvas.data();
+    T* dx = canvas.out();
+    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
+      IDM_VECTOR_LOOP
+      for (int64_t i = begin; i < end; ++i) image[i] = step.s_prev * S(load(g[i]));
+    });
+    Scratch<double> of_tile(op.tiles());
+    parallel(loop, op.tiles(), 1, [&](int64_t tile) {
+      Scratch<S> pixels(op.N * TILE<S>), measured(op.q * TILE<S>);
+      gather(op, image, tile, +pixels);
+      times_matrix(op, +pixels, [&](int64_t j, int64_t lines_here, const S* lines) {
+        std::memcpy(measured + j * TILE<S>, lines, lines_here * TILE<S> * sizeof(S));
+      });
+      store_measurements(op, +measured, tile, dy);
+      double total = 0;
+      for (int64_t m = 0; m < op.rows_of(tile); ++m) {
+        const T* row = y + (tile * TILE<S> + m) * op.q;
+        double of_row[1];
+        sum<S>(op.q, of_row, [&](int64_t j, S* term) IDM_LAMBDA_INLINE { term[0] = measured[j * TILE<S> + m] * S(load(row[j])); });
+        total += of_row[0];
+      }
+      of_tile[tile] = total;
+      scatter(op, +measured, tile, image, [](S& pixel, S value) { pixel -= value; });
+    });
+    Scratch<double> of_chunk(3 * chunks);
+    over_chunks(count, loop, [&](int64_t chunk, int64_t begin, int64_t end) {
+      double sums[3];
+      sum<S>(end - begin, sums, [&](int64_t offset, S* terms) IDM_LAMBDA_INLINE {
+        const int64_t i = begin + offset;
+        const S noise = load(e[i]), gradient = load(g[i]), dx0 = image[i];
+        terms[0] = dx0 * denoised(S(load(x[i])), noise, step);
+        terms[1] = dx0 * noise;
+        terms[2] = gradient * noise;
+        de[i] = Store<T>::of(noise_gradient(gradient, dx0, step));
+        dx[i] = Store<T>::of(dx0 / step.s);
+      });
+      for (int k = 0; k < 3; ++k) of_chunk[3 * chunk + k] = sums[k];
+    });
+    for (int64_t tile = 0; tile < op.tiles(); ++tile) dy_y += of_tile[tile];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      dx0_x0 += of_chunk[3 * chunk];
+      dx0_e += of_chunk[3 * chunk + 1];
+      g_e += of_chunk[3 * chunk + 2];
+    }
+  });
+  const Step<double> step = step_of<double>(a);
+  const AbarGradient<double> gradient = abar_gradient(dx0_x0, dx0_e, g_e, dy_y, step);
+  a.dabar[0] = gradient.of_t;
+  a.dabar[1] = gradient.of_prev;
+}
+
+}  // namespace idm::cpu::IDM_ISA

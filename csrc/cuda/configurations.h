@@ -1,0 +1,32 @@
+// How the kernels are launched: threads of a block, and what each thread or block takes. csrc/cuda/resources.csv holds what the
+// compiler makes of it.
+#pragma once
+
+#include <cstdint>
+
+namespace idm::cuda {
+
+// Elementwise: with a 16-byte piece of the widest element each, pieces of a thread; two are in flight before the first is used.
+constexpr int ELEMENTWISE_THREADS = 256;
+constexpr int PIECES = 2;
+
+// Sums of the partial sums of all blocks, by one block.
+constexpr int SUM_THREADS = 512;
+
+// Norms: a block takes so many elements of a channel's plane (NCHW), or all channels of so many positions (NHWC).
+constexpr int NORM_THREADS = 256;
+constexpr int64_t PLANE_CHUNK = 4096;
+constexpr int64_t POSITION_CHUNK = 128;
+constexpr int COMBINE_THREADS = 128;
+
+// Products with Φ: a block's rows and columns of the result, and how much of the sum is in shared memory at a time.
+// Small tiles, as a batch has few rows (512 at 8 images of 256²) and every multiprocessor should get one.
+constexpr int PRODUCT_THREADS = 128;
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_COLUMNS = 32;
+constexpr int TILE_DEPTH = 32;
+
+// Injector: positions of a block, and channels that are in flight at a time.
+constexpr int INJECT_THREADS = 128;
+
+}  // namespace idm::cuda

@@ -1,0 +1,72 @@
+// The CUDA kernels, as the registration layer calls them: plain pointers to the memory of one GPU, which is the current one, and
+// a stream of it. All return at once; a launch that CUDA refuses throws std::runtime_error.
+#pragma once
+
+#include "../cpu/numbers.h"
+
+namespace idm::cuda {
+
+// Elements lie densely and in one order in all of F, x2 (or y1, d1) and the outputs. `body` is F's and dF's dtype, `stream` that
+// of all others, float32 or float64; v and dv are one element of it each. `partial` has room for couple_partials(…) numbers.
+//   couple: F, x2 → y1_out            couple_backward: d1, F, x2 → dF, dx2, dv
+//   decouple: y1, F → x2_out          uncouple: y1, F, d1 → x2_out (may be y1), dF, dx2 (may be d1), dv
+struct CoupleArguments {
+  Dtype body, stream;
+  int64_t count;
+  const void *F, *x2, *y1, *d1, *v;
+  void *y1_out, *x2_out, *dF, *dx2, *dv;
+  double* partial;
+};
+
+int64_t couple_partials(Dtype stream, int64_t count);
+void couple(const CoupleArguments&, void* stream);
+void decouple(const CoupleArguments&, void* stream);
+void couple_backward(const CoupleArguments&, void* stream);
+void uncouple(const CoupleArguments&, void* stream);
+
+// x (images, channels, positions), or (images, positions, channels) where `last` (NHWC), dense; weight and bias (channels,), mean and
+// rstd (images, groups), all of the dtype of sums: float64 for float64, else float32. x and out (dout) have
+// the same dtype, or x is float32 and out 16 bits wide.
+struct NormArguments {
+  Dtype x_dtype, out_dtype;  // the second is also dout's
+  int64_t images, channels, positions, groups;
+  double eps;
+  bool silu, last;
+  const void *x, *dout, *weight, *bias;
+  void *out, *mean, *rstd;       // group_norm_silu writes all three; its gradient reads the statistics
+  void *dx, *dweight, *dbias;
+  void* partial;    // norm_partials(…) numbers of the dtype of sums
+  double* sums;     // of the gradient: images·channels·2 numbers
+  void* per_group;  // of the gradient: images·groups·2 numbers of the dtype of sums
+};
+
+int64_t norm_partials(const NormArguments&);
+void group_norm_silu(const NormArguments&, void* stream);
+void group_norm_silu_backward(const NormArguments&, void* stream);
+
+// `images` images of `pixels` pixels, `pixels` a multiple of N; matrix (N, q), permutation (pixels,), y (images, pixels/N, q);
+// all dense, of one dtype. ᾱ are one element each of the dtype of sums. An entry of the permutation out of range is never
+// followed: the pixel is read as NaN, which its row's measurements then are, and not written.
+//   measure: x → y_out                project_step: x, e, y, ᾱ → x_out; y_out is room for the residual
+//   adjoint: y → x_out                project_step_backward: g, x, e, y, ᾱ → x_out (dx), e_out (de), y_out (dy), dabar
+//   gram: x → x_out; y_out is room for A x
+struct ProjectArguments {
+  Dtype dtype;
+  int64_t images, pixels, N, q;
+  const void* matrix;
+  const int64_t* permutation;
+  const void *abar_t, *abar_prev;
+  const void *g, *x, *e, *y;
+  void *x_out, *e_out, *y_out;
+  void *dabar_t, *dabar_prev;
+  double* partial;  // of the gradient: project_partials(…) numbers
+};
+
+int64_t project_partials(const ProjectArguments&);
+void measure(const ProjectArguments&, void* stream);
+void adjoint(const ProjectArguments&, void* stream);
+void gram(const ProjectArguments&, void* stream);
+void project_step(const ProjectArguments&, void* stream);
+void project_step_backward(const ProjectArguments&, void* stream);
+
+}  // namespace idm::cuda

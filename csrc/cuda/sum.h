@@ -1,0 +1,16 @@
+// The second stage of a sum: what each block left is added up by one block, in a fixed order.
+#pragma once
+
+#include "device.h"
+
+namespace idm::cuda {
+
+// Of `count` rows of COLUMNS numbers, the sum of column k, in every thread of a block of SUM_THREADS.
+template <int COLUMNS>
+__device__ __forceinline__ double column_sum(const double* partial, int64_t count, int k) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += SUM_THREADS) sum += partial[i * COLUMNS + k];
+  return block_sum<SUM_THREADS>(sum);
+}
+
+}  // namespace idm::cuda

@@ -1,0 +1,49 @@
+// What the registration of the CPU's kernels does with tensors after they have been checked.
+#pragma once
+
+#include "checks.h"
+
+namespace idm::cpu {
+
+// The value of a CPU tensor of one element.
+inline double number(const char* name, const Tensor& x) {
+  check_cpu(name, x);
+  check(x.numel() == 1, name, " is ", shape_of(x), ", expected one element");
+  double value = 0;
+  with_type(dtype_of(name, x), [&](auto type) { value = load(*static_cast<const decltype(type)*>(x.const_data_ptr())); });
+  return value;
+}
+
+inline Tensor number_like(const Tensor& model, double value) {
+  Tensor out = torch::stable::empty_like(model);
+  with_type(dtype_of("v", model), [&](auto type) {
+    *static_cast<decltype(type)*>(out.mutable_data_ptr()) = Store<decltype(type)>::of(value);
+  });
+  return out;
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// Gives `result` the layout that empty_like gives a tensor like `model`, if it lies otherwise.
+inline Tensor laid_out_as(const Tensor& model, Tensor result) {
+  Tensor out = torch::stable::empty_like(model);
+  for (int64_t d = 0; d < model.dim(); ++d)
+    if (model.size(d) > 1 && out.stride(d) != result.stride(d)) return torch::stable::copy_(out, result);
+  return result;
+}
+
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
+inline Tensor in_dtype_of(const Tensor& model, const Tensor& x) { return in_dtype(x, model.scalar_type()); }
+
+// What sums over tensors like x are computed in: float64 for float64, else float32.
+inline ScalarType accurate_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A parameter, dense and in the dtype of sums over tensors like x.
+inline Tensor accurate(const Tensor& parameter, const Tensor& x) { return dense(in_dtype(parameter, accurate_dtype(x))); }
+
+}  // namespace idm::cpu

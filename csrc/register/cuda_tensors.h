@@ -1,0 +1,97 @@
+// What the registration of the CUDA kernels does with tensors, and where it registers. Under IDM_EMULATED (tests/native) the
+// same ops are registered for CPU tensors, as a library of their own.
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu_tensors.h"
+
+#if defined(IDM_EMULATED)
+#define IDM_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(idm_fast_emulated, CPU, m)
+#else
+#define IDM_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(idm_fast_native, CUDA, m)
+#endif
+
+namespace idm::cuda_ops {
+
+using cpu::dense;
+using cpu::in_dtype;
+
+inline void check_cuda(const char* name, const Tensor& x) {
+#if defined(IDM_EMULATED)
+  check(x.is_cpu(), name, " must be a CPU tensor");
+#else
+  check(x.is_cuda(), name, " must be a CUDA tensor");
+#endif
+}
+
+inline void check_beside(const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
+  check_cuda(name, x);
+  check(x.get_device_index() == other.get_device_index(), name, " is on GPU ", x.get_device_index(), ", expected GPU ",
+        other.get_device_index(), " as ", other_name);
+}
+
+// Makes the GPU of `x` the current one while it lives; `stream` is torch's current one there.
+class OnDevice {
+ public:
+#if defined(IDM_EMULATED)
+  explicit OnDevice(const Tensor&) : stream(nullptr) {}
+#else
+  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+#endif
+  void* stream;
+};
+
+inline ScalarType scalar_type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return ScalarType::Float;
+    case Dtype::float64: return ScalarType::Double;
+    case Dtype::bfloat16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
+  }
+}
+
+// float64 for float64, else float32: what sums of a dtype are made in.
+inline Dtype accumulate_of(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
+
+// A tensor of one element, as `dtype`; it stays on the GPU.
+inline Tensor one_number(const char* name, const Tensor& x, Dtype dtype) {
+  check(x.numel() == 1, name, " is ", shape_of(x), ", expected one element");
+  dtype_of(name, x);
+  return in_dtype(x, scalar_type_of(dtype));
+}
+
+inline Tensor empty_like(const Tensor& model, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(model),        from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// `x` in the layout that empty_like gives a tensor like `model`: itself, or a copy.
+inline Tensor in_layout_of(const Tensor& model, const Tensor& x) {
+  Tensor like = empty_like(model, x.scalar_type());
+  for (int64_t d = 0; d < model.dim(); ++d)
+    if (model.size(d) > 1 && like.stride(d) != x.stride(d)) return torch::stable::copy_(like, x);
+  return x;
+}
+
+// Memory for `count` elements of `dtype` on the device of `model`, from torch's allocator.
+inline Tensor workspace(const Tensor& model, int64_t count, Dtype dtype) {
+  return torch::stable::new_empty(model, {count}, scalar_type_of(dtype));
+}
+
+}  // namespace idm::cuda_ops

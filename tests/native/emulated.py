@@ -1,0 +1,80 @@
+"""Builds the CUDA sources for the CPU, on the emulation of a GPU in emulation/.
+
+The same kernels, launchers, checks and registration as in idm_fast/_cuda.so, compiled by the C++ compiler with IDM_EMULATED.
+They serve CPU tensors. `python tests/native/emulated.py FOLDER` builds the library with
+AddressSanitizer and UBSan, which a test does in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from idm_fast.ops.registry import OPS
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+
+
+def build_script() -> ModuleType:
+    """csrc/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("idm_fast_native_build", CSRC / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Compile into `folder`; CannotBuild without a compiler or where this torch has no headers."""
+    script = build_script()
+    compiler, found = script.find_compiler(), script.find_torch()
+    headers = [f"-isystem{path}" for path in found.includes]
+    abi = [f"-DTORCH_TARGET_VERSION={script.STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
+    common = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DIDM_EMULATED", f"-I{HERE / 'emulation'}", *flags]
+    sources = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "register").glob("cuda_*.cpp"), HERE / "emulation" / "emulation.cpp"]
+
+    def compiled(source: Path) -> str:
+        output = str(folder / f"{source.stem}{source.suffix}.o")
+        command = [*compiler, *common, *abi, *headers, "-x", "c++", "-c", str(source), "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr}")
+        return output
+
+    with ThreadPoolExecutor(script.parallel_jobs()) as pool:
+        objects = list(pool.map(compiled, sources))
+    library = folder / "emulated.so"
+    libraries = [f"-L{found.folder / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*compiler, "-shared", *flags, *objects, *libraries, "-o", str(library)], check=True)
+    return library
+
+
+def functions(library: Path) -> dict[str, Callable[..., Any]]:
+    """The ops of `library` by name, registered for CPU tensors as torch.ops.idm_fast_emulated."""
+    schemas = torch.library.Library("idm_fast_emulated", "DEF")
+    for op in OPS.values():
+        schemas.define(str(op.overload._schema).removeprefix("idm_fast::"))
+    KEPT.append(schemas)
+    torch.ops.load_library(str(library))
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    names = [name.removeprefix("idm_fast_emulated::") for name in registered if name.startswith("idm_fast_emulated::")]
+    return {name: getattr(torch.ops.idm_fast_emulated, name).default for name in names}
+
+
+KEPT: list[torch.library.Library] = []
+"""A library's schemas live as long as it does."""
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), SANITIZED))
