@@ -143,9 +143,11 @@ def test_gradients_of_32_bfloat16_bodies_are_those_of_store(dtype: torch.dtype, 
             y1, y2 = net(x1, x2)
         return (y1 * y2).sum()
 
-    expected = gradients(net, "store", run, [x1, x2])
-    for found, wanted in zip(gradients(net, "invert", run, [x1, x2]), expected, strict=True):
-        assert (found - wanted).norm() <= tolerance * wanted.norm()
+    # Another implementation would sum dv in another order, and equal means equal here.
+    with ops.use("reference"):
+        expected = gradients(net, "store", run, [x1, x2])
+        for found, wanted in zip(gradients(net, "invert", run, [x1, x2]), expected, strict=True):
+            assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 def test_stored_are_the_last_streams_and_the_packed_bits() -> None:
