@@ -21,18 +21,20 @@ PACKAGE_READY := $(VENV)/.ready-package
 DEV_READY     := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint types clean
+.PHONY: help venv install demo test lint types sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.12     the interpreter that creates $(VENV)"
+	@echo "  IDM_FAST_BUILD=cpu    auto, cpu, cuda or python: what the native extension must have (README)"
 	@echo "  PIP_FLAGS='...'       added to every pip install, for example another package index"
 	@echo "  DEMO_FLAGS='...'      for example --seconds 60"
 	@echo "  PYTEST_FLAGS='...'    for example '-x -k coupling' (replaces: $(PYTEST_FLAGS))"
 
 venv: $(VENV_READY) ## create the virtual environment
-install: $(PACKAGE_READY) ## install idm-fast into it (editable), with PyTorch
+install: $(PACKAGE_READY) ## install idm-fast into it (editable), with PyTorch; says what was built
+	@$(VENV)/bin/idm-fast doctor | sed -n '/^native extension/,/^$$/p'
 
 demo: $(PACKAGE_READY) ## train a tiny network on photographs, reconstruct others, show the result (5 minutes)
 	$(DEMO_THREADS) $(VENV_PYTHON) -m idm_fast.demo $(DEMO_FLAGS)
@@ -46,8 +48,12 @@ lint: $(DEV_READY) ## ruff
 types: $(DEV_READY) ## mypy on the package
 	$(VENV_PYTHON) -m mypy
 
+sanitize: $(DEV_READY) ## the native tests on an extension with AddressSanitizer and UBSan (minutes)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/native/sanitized.py
+
 clean: ## remove the virtual environment, build leftovers and caches (demo_output/ stays)
 	rm -rf $(VENV) build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	rm -f idm_fast/_C.*.so idm_fast/_cuda.so idm_fast/_build.json
 	find idm_fast tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_READY):
@@ -63,7 +69,7 @@ $(TORCH_READY): $(VENV_READY)
 	$(PIP_INSTALL) "torch==$(TORCH_VERSION)" "triton==$(TRITON_VERSION); platform_system == 'Linux'"
 	@touch $@
 
-$(PACKAGE_READY): $(TORCH_READY) pyproject.toml setup.py
+$(PACKAGE_READY): $(TORCH_READY) pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	$(PIP_INSTALL) --editable .
 	@touch $@
 

@@ -14,6 +14,7 @@ import torch
 
 from idm_fast import IDM
 from idm_fast.memory.count import GIB, count_training_step
+from idm_fast.ops import registry
 
 SCHEDULES = {
     "store": {"schedule": "store"},
@@ -42,7 +43,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     for name, arguments in SCHEDULES.items():
-        for ops, as_reference in (("fused", False), ("eager", True)):
+        for ops, as_reference in (("fused", ()), ("eager", registry.OPS)):
             count = count_training_step(
                 lambda arguments=arguments: IDM(steps=options.steps, **arguments),
                 options.batch,

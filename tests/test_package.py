@@ -1,9 +1,12 @@
 """What `pip install` and `import` promise: metadata, build requirements, import time and directions, the wheel."""
 
 import ast
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points, metadata
 from pathlib import Path
@@ -65,7 +68,7 @@ def test_triton_is_required_only_where_it_exists():
 
 def test_torch_is_never_a_build_requirement():
     names = {Requirement(line).name for line in pyproject()["build-system"]["requires"]}
-    assert names == {"setuptools"}
+    assert names == {"setuptools", "pybind11", "ninja"}
 
 
 def test_forbidden_packages_are_neither_required_nor_imported():
@@ -114,21 +117,40 @@ def test_makefile_installs_the_torch_that_ci_tests():
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_module_the_type_marker_and_the_weights(tmp_path: Path):
+def test_wheel_from_the_sdist_holds_the_package_and_what_was_built(tmp_path: Path):
     source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "idm_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("idm_fast", "csrc"):
+        # What an earlier build left in the tree must get into neither.
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json"))
+        (source / folder / "_cuda.so").write_text("an earlier build")
+    (source / "idm_fast" / "_build.json").write_text("{}")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     weights = source / "idm_fast" / "weights" / "nested"
     weights.mkdir(parents=True, exist_ok=True)
     (weights / "model.safetensors").write_bytes(b"0")
+    # Whether it compiles is other tests' matter.
+    environment = os.environ | {"IDM_FAST_BUILD": "auto", "CXX": "/nonexistent"}
+
+    def run(*command: str, cwd: Path) -> None:
+        done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=source)
+    (sdist,) = tmp_path.glob("idm_fast-*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    files = [path for folder in ("idm_fast", "csrc") for path in (source / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(source).as_posix() for path in files}
+    built = {"idm_fast/_cuda.so", "csrc/_cuda.so", "idm_fast/_build.json"}
+    assert expected - built <= names and not built & names
     # Without isolation nothing is downloaded; that it works also shows that building needs setuptools alone.
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", str(tmp_path))
+    run(*wheel, str(sdist), cwd=tmp_path)
     (wheel,) = tmp_path.glob("idm_fast-*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    expected = {p.relative_to(source).as_posix() for p in (source / "idm_fast").rglob("*") if p.is_file()}
-    assert expected <= inside
-    assert {"idm_fast/py.typed", "idm_fast/weights/nested/model.safetensors"} <= inside
-    assert not any(name.startswith(("tests/", "docs/", "build/")) for name in inside)
+    assert wheel.name.endswith("-py3-none-any.whl"), "nothing native was built"
+    inside = zipfile.ZipFile(wheel)
+    assert {name for name in expected if name.startswith("idm_fast/")} - built <= set(inside.namelist())
+    assert {"idm_fast/py.typed", "idm_fast/weights/nested/model.safetensors"} <= set(inside.namelist())
+    assert "idm_fast/_cuda.so" not in inside.namelist()
+    assert not any(name.startswith(("tests/", "docs/", "build/", "csrc/")) for name in inside.namelist())
+    assert "CXX=/nonexistent" in json.loads(inside.read("idm_fast/_build.json"))["why_not"]["C++"]

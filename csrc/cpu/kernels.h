@@ -59,8 +59,11 @@ IDM_INLINE void sum(int64_t count, double (&sums)[N], const Term& term) {
       term(i, terms);
       for (int n = 0; n < N; ++n) lanes[n][0] += terms[n];
     }
-    for (int n = 0; n < N; ++n)
-      for (int lane = 0; lane < LANES; ++lane) sums[n] += lanes[n][lane];
+    for (int n = 0; n < N; ++n) {
+      for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[n][lane] += lanes[n][lane + half];
+      sums[n] += lanes[n][0];
+    }
   }
 }
 

@@ -43,6 +43,42 @@ struct ProjectArguments {
   double* dabar;  // of ᾱ_t, of ᾱ_{t−1}
 };
 
+// Features (images, channels·r², height, width), images of r times the size; all dense, of one dtype, but for weights, bias and
+// their gradients, which are in the dtype of sums. read: weight (channels,), write: weight (channels, 3).
+//   inject_read: h, weight, bias → z_out
+//   inject_read_backward: z (dz), h, weight → h_out (dh), weight_out, bias_out
+//   inject_write: h, z, gz, aty, weight, bias → h_out
+//   inject_write_backward: h (dout), z, gz, aty, weight → z_out, gz_out, aty_out, weight_out, bias_out
+struct InjectArguments {
+  Dtype dtype;
+  int64_t images, channels, height, width, r;
+  const void *h, *z, *gz, *aty, *weight, *bias;
+  void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out;
+};
+
+// x, out (images, channels, positions), or (images, positions, channels) with `last`; dense. `groups` divides channels. x, out (dx)
+// and dout have dtypes of their own; all others are in the dtype of sums over x.
+//   group_norm_silu: x, weight, bias → out, mean, rstd (images, groups)
+//   group_norm_silu_backward: dout, x, weight, bias, mean, rstd → out (dx), weight_out, bias_out
+//   layer_norm, layer_norm_backward: likewise, over the channels of (images, channels); neither groups nor SiLU
+struct NormArguments {
+  Dtype x_dtype, out_dtype;  // out_dtype: of out forward, of dout backward; dx has x's
+  bool last, silu;
+  int64_t images, channels, positions, groups;
+  double eps;
+  const void *x, *dout, *weight, *bias;
+  void *out, *mean, *rstd, *weight_out, *bias_out;
+};
+
+// Rows of value and gate side by side, `width` elements each; h and its gradient have rows of 2·width.
+//   geglu: h → out                    geglu_backward: dout, h → out (dh)
+struct GegluArguments {
+  Dtype dtype;
+  int64_t rows, width;
+  const void *h, *dout;
+  void* out;
+};
+
 #define IDM_FOR_EACH_KERNEL(EACH)                 \
   EACH(couple, CoupleArguments)                   \
   EACH(decouple, CoupleArguments)                 \
@@ -53,7 +89,17 @@ struct ProjectArguments {
   EACH(adjoint, ProjectArguments)                 \
   EACH(gram, ProjectArguments)                    \
   EACH(project_step, ProjectArguments)            \
-  EACH(project_step_backward, ProjectArguments)
+  EACH(project_step_backward, ProjectArguments)   \
+  EACH(inject_read, InjectArguments)              \
+  EACH(inject_read_backward, InjectArguments)     \
+  EACH(inject_write, InjectArguments)             \
+  EACH(inject_write_backward, InjectArguments)    \
+  EACH(group_norm_silu, NormArguments)            \
+  EACH(group_norm_silu_backward, NormArguments)   \
+  EACH(layer_norm, NormArguments)                 \
+  EACH(layer_norm_backward, NormArguments)        \
+  EACH(geglu, GegluArguments)                     \
+  EACH(geglu_backward, GegluArguments)
 
 struct Launchers {
   const char* name;

@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-#include "kernels.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace idm::cpu::IDM_ISA {
@@ -156,11 +156,6 @@ void over_chunks(int64_t count, ParallelFor loop, const Each& each) {
     each(chunk, begin, begin + CHUNK < count ? begin + CHUNK : count);
   });
 }
-
-template <class T, class S>
-constexpr bool SAME = false;
-template <class T>
-constexpr bool SAME<T, T> = true;
 
 // `from` in the dtype of sums: itself, or a copy in `room`.
 template <class S, class T>

@@ -30,6 +30,13 @@ void check(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);
 }
 
+// a·b for sizes that nobody has allocated yet: a caller can pass any number.
+inline int64_t product_of(const char* name, int64_t a, int64_t b) {
+  int64_t product = 0;
+  check(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product), name, ": ", a, " and ", b, " are no sizes of a tensor");
+  return product;
+}
+
 inline std::string shape_of(const Tensor& x) {
   std::string text = "(";
   for (int64_t d = 0; d < x.dim(); ++d) text += (d ? ", " : "") + std::to_string(x.size(d));

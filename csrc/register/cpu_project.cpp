@@ -73,9 +73,8 @@ Tensor measure(Tensor x, Tensor matrix, Tensor permutation) {
 }
 
 Tensor adjoint(Tensor y, Tensor matrix, Tensor permutation, int64_t height, int64_t width) {
-  check(height >= 0 && width >= 0, "height and width are ", height, " and ", width, ", expected a size");
   check(y.dim() == 3, "y is ", shape_of(y), ", expected (B, H·W/N, q)");
-  Inputs in = prepare("y", y, matrix, permutation, height * width);
+  Inputs in = prepare("y", y, matrix, permutation, product_of("height and width", height, width));
   check_measurements(y, in);
   Tensor x = new_images(y, y.size(0), height, width), y_dense = dense(y);
   in.arguments.y = y_dense.const_data_ptr();

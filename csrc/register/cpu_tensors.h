@@ -36,4 +36,14 @@ inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
+inline Tensor in_dtype_of(const Tensor& model, const Tensor& x) { return in_dtype(x, model.scalar_type()); }
+
+// What sums over tensors like x are computed in: float64 for float64, else float32.
+inline ScalarType accurate_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A parameter, dense and in the dtype of sums over tensors like x.
+inline Tensor accurate(const Tensor& parameter, const Tensor& x) { return dense(in_dtype(parameter, accurate_dtype(x))); }
+
 }  // namespace idm::cpu

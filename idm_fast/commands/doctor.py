@@ -20,7 +20,6 @@ PACKAGES = (
 
 PLANNED = {
     "idm_fast.kernels": "Triton kernels",
-    "idm_fast._C": "C++ and CUDA extension",
     "idm_fast.physics.inpainting": "inpainting",
     "idm_fast.physics.mri": "MRI",
     "idm_fast.physics.ct": "CT",
@@ -35,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     sections: list[tuple[str, Callable[[], Iterable[str]]]] = [
         ("versions", _versions),
         ("devices", _devices),
+        ("native extension", _native),
         ("operations", _operations),
         ("default weights", _weights),
         ("not there yet", _planned),
@@ -83,6 +83,25 @@ def _driver() -> str:
     if done.returncode or not done.stdout.strip():
         return f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:100]}"
     return done.stdout.split()[0]
+
+
+def _native() -> Iterable[str]:
+    import torch
+
+    from idm_fast.ops import native
+
+    record = native.build_record()
+    if record:
+        built = [name for name, made in (("C++ (CPU)", record["cpu"]), ("CUDA", record["cuda"])) if made]
+        yield f"built         {' and '.join(built) or 'nothing'} (IDM_FAST_BUILD={record['mode']}, {record['seconds']:.0f} s)"
+        yield f"with          torch {record['torch']}, {record['compiler']}" if record["cpu"] else "with          nothing"
+        if record["cuda"]:
+            yield f"              {record['nvcc']}, for {', '.join(record['architectures'])}"
+    reason = native.load_cpu()
+    yield f"C++           {reason or f'in use, {native.instruction_set()} kernels'}"
+    yield f"CUDA          {native.load_cuda() or 'loaded'}"
+    for note in native.notes(record, torch.__version__, torch.version.cuda):
+        yield f"note          {note}"
 
 
 def _operations() -> Iterable[str]:

@@ -38,7 +38,7 @@ def device_types() -> tuple[str, ...]:
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """The function that launches the kernels of each op, by the op's name; imports Triton."""
-    from idm_fast.kernels import couple, geglu, group_norm_silu, inject, project
+    from idm_fast.kernels import bits, couple, fixed_point, geglu, group_norm_silu, inject, layer_norm, project
 
     return {
         "couple": couple.couple,
@@ -46,6 +46,14 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "couple_backward": couple.couple_backward,
         "uncouple": couple.uncouple,
         "uncouple_": couple.uncouple_in_place,
+        "pack_bits": bits.pack_bits,
+        "unpack_bits": bits.unpack_bits,
+        "to_fixed": fixed_point.to_fixed,
+        "from_fixed": fixed_point.from_fixed,
+        "fixed_add": fixed_point.fixed_add,
+        "fixed_couple": fixed_point.fixed_couple,
+        "fixed_decouple": fixed_point.fixed_decouple,
+        "fixed_uncouple": fixed_point.fixed_uncouple,
         "geglu": geglu.geglu,
         "geglu_backward": geglu.geglu_backward,
         "group_norm_silu": group_norm_silu.group_norm_silu,
@@ -54,6 +62,12 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "inject_read_backward": inject.inject_read_backward,
         "inject_write": inject.inject_write,
         "inject_write_backward": inject.inject_write_backward,
+        "inject_couple": inject.inject_couple,
+        "inject_couple_backward": inject.inject_couple_backward,
+        "inject_uncouple": inject.inject_uncouple,
+        "inject_uncouple_": inject.inject_uncouple_in_place,
+        "layer_norm": layer_norm.layer_norm,
+        "layer_norm_backward": layer_norm.layer_norm_backward,
         "measure": project.measure,
         "adjoint": project.adjoint,
         "gram": project.gram,

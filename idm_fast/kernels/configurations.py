@@ -15,10 +15,16 @@ import torch
 
 @dataclass(frozen=True)
 class Configuration:
-    """Elements that one program handles, and its warps (of 32 threads)."""
+    """Elements that one program handles, its warps (of 32 threads), and whether a·b + c may be rounded once, not twice."""
 
     elements: int
     warps: int
+    fused: bool = True
+
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        """The same in the compiler's terms."""
+        return {"num_warps": self.warps, "enable_fp_fusion": self.fused}
 
 
 TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
@@ -29,7 +35,12 @@ TABLE: dict[tuple[str, torch.dtype | None, int | None], Configuration] = {
     ("geglu", torch.float64, None): Configuration(512, 8),
     ("group_norm", None, None): Configuration(4096, 8),
     ("group_norm", torch.float64, None): Configuration(2048, 8),
+    ("layer_norm", None, None): Configuration(2048, 4),
+    ("layer_norm", torch.float64, None): Configuration(1024, 4),
+    ("bits", None, None): Configuration(4096, 4),
+    ("fixed", None, None): Configuration(1024, 8, fused=False),  # equal to the reference in every bit
     ("inject", None, None): Configuration(2048, 8),
+    ("inject_couple_backward", None, None): Configuration(512, 4),
     ("project", None, None): Configuration(512, 4),
     ("project", torch.float64, None): Configuration(256, 4),
     ("project", torch.float32, 100): Configuration(512, 8),  # with 4 warps, the assembler spills two registers there

@@ -24,6 +24,7 @@ from torch import Tensor
 from idm_fast.kernels.arithmetic import arithmetic_dtype, divide, exact, root
 from idm_fast.kernels.configurations import Configuration, configuration
 from idm_fast.kernels.cost import Cost, size
+from idm_fast.kernels.couple import laid_out
 from idm_fast.kernels.launch import arch_of, blocks, fit, launch
 
 CHANNELS_LAST_WIDTH = 64
@@ -260,34 +261,35 @@ def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd) in three launches; contract of `idm_fast::group_norm_silu`."""
-    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    x, flat_out = flat(x), flat(out)
+    given, x = x, flat(x)
+    out = torch.empty_like(x, dtype=dtype)
     B, C, S = x.shape
     exact_dtype, device = arithmetic_dtype(x.dtype), x.device
     mean, rstd = (torch.empty(B, groups, dtype=exact_dtype, device=device) for _ in range(2))
     if x.numel() == 0:
-        return out, mean.zero_(), rstd.fill_(torch.nan)  # no element has no variance; as torch.native_group_norm
+        # no element has no variance; as torch.native_group_norm
+        return torch.empty_like(given, dtype=dtype), mean.zero_(), rstd.fill_(torch.nan)
     weight, bias, cut = weight.contiguous(), bias.contiguous(), tiling(x)
     means, squares = torch.empty(2, B, C, cut.chunks, dtype=exact_dtype, device=device)
     launch(statistics_kernel, cut.programs, x, means, squares, C, S, *x.stride(), **cut.sides, configuration=cut.plan)
     constants = {"eps": eps, "BS": cut.sides["BS"], "BLOCK": cut.merge.elements}
     arguments = (means, squares, mean, rstd, S, C // groups * cut.chunks, C // groups * S)
     launch(merge_statistics_kernel, B * groups, *arguments, **constants, configuration=cut.merge)
-    tensors, strides = (x, weight, bias, mean, rstd, flat_out), (*x.stride(), *flat_out.stride())
+    tensors, strides = (x, weight, bias, mean, rstd, out), (*x.stride(), *out.stride())
     constants = {"SILU": silu, **cut.sides}
     launch(normalize_kernel, cut.programs, *tensors, C, S, C // groups, *strides, **constants, configuration=cut.plan)
-    return out, mean, rstd
+    return laid_out(out.view(given.shape), given), mean, rstd
 
 
 def group_norm_silu_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) in four launches; contract of `idm_fast::group_norm_silu_backward`."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    x, dout, flat_dx = flat(x), flat(dout), flat(dx)
+        return torch.empty_like(x), dweight.zero_(), dbias.zero_()
+    given, x, dout = x, flat(x), flat(dout)
+    dx = torch.empty_like(x)
     weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))
     B, C, S = x.shape
     per_group, all_groups, device = C // groups, B * groups, x.device
@@ -303,9 +305,9 @@ def group_norm_silu_backward(
     launch(merge_groups_kernel, all_groups, sums, weight, of_groups, *counts, **block, configuration=cut.merge)
     arguments, sides = (sums, dweight, dbias, B, C, cut.chunks, part), {"CHANNELS": 8, "BLOCK": cut.merge.elements // 8}
     launch(merge_channels_kernel, blocks(C, 8), *arguments, **sides, configuration=cut.merge)
-    rest = (of_groups, flat_dx, *sizes, all_groups, *strides, *flat_dx.stride())
+    rest = (of_groups, dx, *sizes, all_groups, *strides, *dx.stride())
     launch(input_gradient_kernel, cut.programs, *tensors, *rest, **constants, configuration=cut.plan)
-    return dx, dweight, dbias
+    return laid_out(dx.view(given.shape), given), dweight, dbias
 
 
 def group_norm_silu_cost(

@@ -20,13 +20,13 @@ RECORDED_ARCH = 90
 
 @dataclass
 class Launch:
-    """One launch: a kernel, the number of its programs, its run-time and its compile-time arguments, its warps."""
+    """One launch: a kernel, the number of its programs, its run-time and its compile-time arguments, the compiler's options."""
 
     kernel: Any
     programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, Any]
 
 
 @dataclass
@@ -55,6 +55,11 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def arch_of(tensor: Tensor) -> int:
     """Compute capability for which launches on `tensor` are configured, as 90 for 9.0."""
     if _recorder is not None:
@@ -64,12 +69,15 @@ def arch_of(tensor: Tensor) -> int:
 
 def launch(kernel: Any, programs: int, *arguments: Any, configuration: Configuration, **constants: Any) -> None:
     """Run `programs` programs of `kernel` on the device of the first argument, a tensor. Nothing runs where `programs` is 0."""
+    options = configuration.options
     if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, programs, arguments, constants, configuration.warps))
-    elif programs:
+        _recorder.launches.append(Launch(kernel, programs, arguments, constants, options))
+    elif programs and _several_devices():
         # Triton launches on the current device, whatever device its tensors lie on.
         with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, **constants, num_warps=configuration.warps)
+            kernel[(programs,)](*arguments, **constants, **options)
+    elif programs:
+        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def blocks(elements: int, block: int) -> int:

@@ -4,8 +4,7 @@
     python -m idm_fast.kernels.resources --write    write it
 
 Every launch that the ops make at the shapes of `CASES` (Stable Diffusion 1.5's at batch 8, 256²) is recorded on meta tensors
-and compiled to machine code for each architecture of ARCHITECTURES, exactly as it would be launched there. float16 is left
-out: it goes the way of bfloat16, in the same configurations.
+and compiled to machine code for each architecture of ARCHITECTURES, exactly as it would be launched there.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idm_fast.kernels import couple, geglu, group_norm_silu, inject, project
+from idm_fast.kernels import bits, couple, fixed_point, geglu, group_norm_silu, inject, layer_norm, project
 from idm_fast.kernels.launch import Launch, recording
 
 ARCHITECTURES = (80, 90, 100)
 RECORD = Path(__file__).with_name("resources.csv")
 
 _TYPES = {
-    torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -86,14 +86,46 @@ def _norm(
     return call
 
 
-def _injector(dtype: torch.dtype, channels: int, side: int, r: int) -> Callable[[], Any]:
+def _layer_norm(dtype: torch.dtype, out: torch.dtype, C: int = 320) -> Callable[[], Any]:
     def call() -> None:
-        h, image = meta(8, channels, side, side, dtype=dtype), meta(8, 1, side * r, side * r, dtype=dtype)
+        x, w = meta(8, 16384, C, dtype=dtype), meta(C, dtype=torch.promote_types(dtype, torch.float32))
+        y, mean, rstd = layer_norm.layer_norm(x, w, w, 1e-5, out)
+        layer_norm.layer_norm_backward(y, x, w, w, mean, rstd)
+
+    return call
+
+
+def _fixed(F: torch.dtype, d: torch.dtype, width: int) -> Callable[[], Any]:
+    def call() -> None:
+        body, d1, v = meta(8, 320, 128, 128, dtype=F), meta(8, 320, 128, 128, dtype=d), meta(1)
+        X = fixed_point.to_fixed(d1, 20)
+        fixed_point.from_fixed(X, 20, d)
+        fixed_point.fixed_add(body, X, 20, -1)
+        _, packed = fixed_point.fixed_couple(body, X, v, 20, width)
+        fixed_point.fixed_decouple(X, body, packed, v, 20, width)
+        fixed_point.fixed_uncouple(X, body, d1, packed, v, 20, width)
+        bits.unpack_bits(bits.pack_bits(meta(8, 4096, dtype=torch.uint8), width), width, 8 * 4096)
+
+    return call
+
+
+def _injector(
+    dtype: torch.dtype, stream: torch.dtype, channels: int, side: int, r: int, memory_format: torch.memory_format
+) -> Callable[[], Any]:
+    def call() -> None:
+        h = meta(8, channels, side, side, dtype=dtype).contiguous(memory_format=memory_format)
+        image = meta(8, 1, side * r, side * r, dtype=dtype)
         read, write = meta(1, channels // r**2, 1, 1), meta(channels // r**2, 3, 1, 1)
         inject.inject_read(h, read, meta(1), r)
-        inject.inject_read_backward(image, h, read, r)
+        inject.inject_read_backward(image, h, read, r, None)
+        inject.inject_read_backward(image, h, read, r, h)
         inject.inject_write(h, image, image, image, write, meta(channels // r**2), r)
         inject.inject_write_backward(h, image, image, image, write, r)
+        x2, v = meta(8, channels, side, side, dtype=stream).contiguous(memory_format=memory_format), meta(1)
+        given = (h, image, image, image, write, meta(channels // r**2))
+        inject.inject_couple(*given, x2, v, r)
+        inject.inject_couple_backward(x2, *given, x2, v, r)
+        inject.inject_uncouple(x2, x2, *given, v, r)
 
     return call
 
@@ -111,28 +143,44 @@ def _projection(dtype: torch.dtype, q: int) -> Callable[[], Any]:
     return call
 
 
-_BF16, _FP32, _FP64 = torch.bfloat16, torch.float32, torch.float64
+_BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 _NCHW, _NHWC = torch.contiguous_format, torch.channels_last
 
 CASES: dict[str, Callable[[], Any]] = {
     "F bf16": _couplings(_BF16, _FP32),
+    "F fp16": _couplings(_FP16, _FP32),
     "F fp32": _couplings(_FP32, _FP32),
     "F bf16, stream fp64": _couplings(_BF16, _FP64),
     "bf16": _geglu(_BF16),
+    "fp16": _geglu(_FP16),
     "fp32": _geglu(_FP32),
     "fp64": _geglu(_FP64),
     "fp32 to bf16, silu, NCHW": _norm(_FP32, _BF16, True, _NCHW),
     "fp32 to bf16, NCHW": _norm(_FP32, _BF16, False, _NCHW),
     "bf16, silu, NCHW": _norm(_BF16, _BF16, True, _NCHW),
+    "fp16, silu, NCHW": _norm(_FP16, _FP16, True, _NCHW),
+    "fp32 to fp16, silu, NCHW": _norm(_FP32, _FP16, True, _NCHW),
     "bf16, silu, NHWC": _norm(_BF16, _BF16, True, _NHWC),
     "fp32, silu, NCHW": _norm(_FP32, _FP32, True, _NCHW),
     "bf16, silu, NCHW, 16²": _norm(_BF16, _BF16, True, _NCHW, 16),
-    "bf16, r = 2": _injector(_BF16, 320, 128, 2),
-    "fp32, r = 2": _injector(_FP32, 320, 128, 2),
-    "fp64, r = 2": _injector(_FP64, 320, 128, 2),
+    "bf16, r = 2": _injector(_BF16, _FP32, 320, 128, 2, _NCHW),
+    "fp16, r = 2": _injector(_FP16, _FP32, 320, 128, 2, _NCHW),
+    "fp32, r = 2": _injector(_FP32, _FP32, 320, 128, 2, _NCHW),
+    "fp32, r = 2, NHWC": _injector(_FP32, _FP32, 320, 128, 2, _NHWC),
+    "fp32, r = 4, NHWC": _injector(_FP32, _FP32, 640, 64, 4, _NHWC),
+    "fp64, r = 2": _injector(_FP64, _FP64, 320, 128, 2, _NCHW),
+    "fp32, r = 2, stream fp64": _injector(_FP32, _FP64, 320, 128, 2, _NCHW),
     "bf16, ratio 0.1": _projection(_BF16, 103),
+    "fp16, ratio 0.1": _projection(_FP16, 103),
     "fp32, ratio 0.1": _projection(_FP32, 103),
     "fp64, ratio 0.1": _projection(_FP64, 103),
+    "F bf16, 2 bits": _fixed(_BF16, _FP32, 2),
+    "F fp16, 2 bits": _fixed(_FP16, _FP32, 2),
+    "F fp32, stream fp64, 1 bit": _fixed(_FP32, _FP64, 1),
+    "bf16, C = 640": _layer_norm(_BF16, _BF16, 640),
+    "fp16, C = 640": _layer_norm(_FP16, _FP16, 640),
+    "fp32 to bf16, C = 320": _layer_norm(_FP32, _BF16),
+    "fp64, C = 320": _layer_norm(_FP64, _FP64),
     "fp64, silu, NCHW": _norm(_FP64, _FP64, True, _NCHW),
 }
 
@@ -146,7 +194,7 @@ def recorded_launches(arch: int) -> Iterator[tuple[str, Launch]]:
         several: Counter[str] = Counter()
         for entry in launches:
             name = entry.kernel.__name__
-            key = repr((name, specialization(entry), entry.warps))
+            key = repr((name, specialization(entry), entry.options))
             if key not in seen:
                 seen.add(key)
                 several[name] += 1
@@ -178,8 +226,7 @@ def compiled(variant: str, entry: Launch, arch: int) -> Resources:
     """Compile one launch for compute capability `arch` and read what its machine code takes."""
     signature, constants, attributes = specialization(entry)
     source = ASTSource(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": entry.warps}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -188,7 +235,7 @@ def compiled(variant: str, entry: Launch, arch: int) -> Resources:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     name = entry.kernel.__name__
     spilled = found["STACK"] + found["LOCAL"]
-    return Resources(name, variant, arch, entry.warps, found["REG"], spilled, kernel.metadata.shared)
+    return Resources(name, variant, arch, entry.options["num_warps"], found["REG"], spilled, kernel.metadata.shared)
 
 
 def measure() -> list[Resources]:

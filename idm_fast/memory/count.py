@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,7 @@ class StepCount:
     Attributes:
         peak_bytes: largest sum of live activation bytes.
         held_bytes: activation bytes alive when the forward pass has returned.
+        peak_with_gradients: the same with the parameters' gradients, as far as there are any by then: what an allocator sees.
         flop: floating-point operations, a multiply-add being two.
         launches: kernels asked for.
         calls: how often each op ran, by name.
@@ -68,6 +69,7 @@ class StepCount:
 
     peak_bytes: int
     held_bytes: int
+    peak_with_gradients: int
     flop: int
     launches: int
     calls: dict[str, int]
@@ -83,11 +85,11 @@ class AllocationCounter(TorchDispatchMode):
     """Record every storage that ops allocate, from birth to death, and every op.
 
     Args:
-        as_reference: run the ops of idm_fast as their plain-PyTorch references, op by op with their temporaries; otherwise
-            each is one launch that allocates its outputs, which is what a fused kernel does.
+        as_reference: ops of idm_fast to run as their plain-PyTorch references, op by op with their temporaries; any other is
+            one launch that allocates its outputs, which is what a fused kernel does.
     """
 
-    def __init__(self, as_reference: bool = False) -> None:
+    def __init__(self, as_reference: Collection[str] = ()) -> None:
         super().__init__()
         self._as_reference = as_reference
         self._events: list[tuple[int, int]] = []
@@ -102,9 +104,9 @@ class AllocationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._as_reference and func.namespace == "idm_fast":
+        if func.namespace == "idm_fast" and (op := func._schema.name.partition("::")[2]) in self._as_reference:
             with self:
-                return registry.OPS[func._schema.name.partition("::")[2]].implementations["reference"][0](*args, **kwargs)
+                return registry.OPS[op].implementations["reference"][0](*args, **kwargs)
         out = func(*args, **kwargs)
         name = str(func)
         self.calls[name.rpartition(".")[0]] += 1
@@ -159,7 +161,10 @@ class AllocationCounter(TorchDispatchMode):
 
 
 def count_step(
-    forward: Callable[[], Tensor], parameters: Iterable[Tensor], inputs: Iterable[Tensor] = (), as_reference: bool = False
+    forward: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    inputs: Iterable[Tensor] = (),
+    as_reference: Collection[str] = (),
 ) -> StepCount:
     """Count `forward()` (which returns the loss) and its backward, under the fake tensor mode or for real.
 
@@ -177,7 +182,8 @@ def count_step(
         loss.backward()
     del loss
     peak, held = counter.summarize([p.grad for p in parameters if p.grad is not None], moment)
-    return StepCount(peak, held, counter.flop, counter.launches, dict(counter.calls))
+    with_gradients, _ = counter.summarize([], moment)
+    return StepCount(peak, held, with_gradients, counter.flop, counter.launches, dict(counter.calls))
 
 
 def count_training_step(
@@ -186,7 +192,7 @@ def count_training_step(
     size: int | tuple[int, int],
     ratio: float = 0.1,
     autocast: torch.dtype | None = torch.bfloat16,
-    as_reference: bool = False,
+    as_reference: Collection[str] = (),
 ) -> StepCount:
     """Count a training step of IDM: L1 loss on `batch` images of `size`², under fake tensors; setting S is (8, 256).
 
@@ -194,6 +200,7 @@ def count_training_step(
         size: a side, or height and width; multiples of 32.
         make_model: builds the IDM; called under the fake tensor mode, so that full size costs no memory.
         autocast: dtype, or None for float32.
+        as_reference: see `AllocationCounter`.
     """
     from idm_fast.physics import BlockCompressedSensing, measurements_per_block
 

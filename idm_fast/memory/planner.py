@@ -62,7 +62,11 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule of all steps with its composed cost; `launches` lacks the additions of gradients between the steps."""
+    """A schedule of all steps with its composed cost.
+
+    `launches` is for comparing schedules: it lacks what happens between the steps (additions of gradients, mostly), the same
+    number for all schedules of as many steps.
+    """
 
     steps: tuple[StepCost, ...]
     peak_bytes: int

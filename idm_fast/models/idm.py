@@ -7,24 +7,24 @@ import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import groupby
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from idm_fast.memory.planner import Planner, options_of, parse_bytes
-from idm_fast.memory.schedule import Schedule, StepSchedule, keep_for, schedule_for
+from idm_fast.memory.schedule import Schedule, keep_for, schedule_for
 from idm_fast.models import convert
 from idm_fast.models.layers import Conv2d, Linear
+from idm_fast.models.sampling import SamplingStep, step_runs
 from idm_fast.models.unet import UNet
-from idm_fast.reversible.backprop import Call, plain_chain, reversible_chain
+from idm_fast.reversible.backprop import Call, plain_chain
 from idm_fast.reversible.casts import cast_once
+from idm_fast.reversible.constant import Constant
 from idm_fast.reversible.coupling import ConvexCoupling
-from idm_fast.reversible.sequence import SMALLEST_V, smallest_v, values_can_be_read
+from idm_fast.reversible.sequence import SMALLEST_V, invertible_chain, smallest_v, values_can_be_read
 
 TINY = {"widths": (24, 48), "heads": 4, "norm_groups": 8, "attention": (False, False)}
 """What makes `IDM.tiny`: narrow, and without attention, which would take a quarter to half of a step's time on a CPU."""
@@ -32,6 +32,9 @@ TINY = {"widths": (24, 48), "heads": 4, "norm_groups": 8, "attention": (False, F
 
 class IDM(ModelMixin, ConfigMixin):
     """x_T = √ᾱ_T·Aᵀy, then T sampling steps, each one U-Net call and one projection onto the measurements; no noise.
+
+    `torch.compile(model, fullgraph=True)` serves inference, and training under every schedule, which the graph follows; in
+    training the operator must then be an nn.Module.
 
     Args:
         steps: T ≥ 1.
@@ -87,7 +90,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.merge_scale = nn.Parameter(torch.zeros(1))
         self.alpha = nn.Parameter(torch.full((steps,), 0.5))
         self.v = nn.ParameterList(nn.Parameter(torch.full((1,), 0.5)) for _ in range(steps))
-        self._coupling = ConvexCoupling()
+        self._coupling = Constant(ConvexCoupling())
         self.set_schedule(schedule, keep)
         self.memory_budget = memory_budget
 
@@ -96,7 +99,10 @@ class IDM(ModelMixin, ConfigMixin):
         self._keep = keep_for(schedule, keep)
         self._schedule_name = schedule
         self._keep_steps = schedule != "two_level" or "steps" in self._keep
-        self._plan = schedule_for(schedule, keep, len(self.v))
+        self._set_plan(schedule_for(schedule, keep, len(self.v)))
+
+    def _set_plan(self, plan: Schedule) -> None:
+        self._plan, self._runs = plan, step_runs(plan)
 
     @property
     def schedule(self) -> str:
@@ -125,7 +131,8 @@ class IDM(ModelMixin, ConfigMixin):
     def plan(self, plan: Schedule) -> None:
         if len(plan) != len(self.v):
             raise ValueError(f"plan: it has {len(plan)} steps, and the model {len(self.v)}")
-        self._schedule_name, self._keep, self._keep_steps, self._plan = "planned", frozenset(), True, tuple(plan)
+        self._schedule_name, self._keep, self._keep_steps = "planned", frozenset(), True
+        self._set_plan(tuple(plan))
 
     @property
     def memory_budget(self) -> int | None:
@@ -248,34 +255,13 @@ class IDM(ModelMixin, ConfigMixin):
 
     def _sample(self, x: Tensor, y: Tensor, aty: Tensor, abar: list[Tensor], physics: Any) -> Tensor:
         x1, x2 = x, self.input_scale * x
-        order = zip(range(len(abar) - 1, 0, -1), self._plan, self.v, strict=True)
-        for recomputed, steps in groupby(order, key=lambda step: step[1].recompute):
-            calls, weights = [], []
-            for t, schedule, v in steps:
-                calls.append(Call(partial(self._step, physics=physics, t=t, schedule=schedule), (y, aty, abar[t], abar[t - 1])))
-                weights.append(v)
-            chain: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
-            if recomputed and torch.is_grad_enabled():
-                chain = partial(reversible_chain, keep=self._keep_steps, preserve_rng_state=False)
-            x1, x2, _ = chain(calls, self._coupling, weights, x1, x2, body_dtype=x.dtype)
+        weights = list(self.v)
+        for recompute, bodies in self._runs:
+            run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
+            if recompute and torch.is_grad_enabled():
+                run = partial(invertible_chain, bodies, self._coupling, keep=self._keep_steps, preserve_rng_state=False)
+            steps = cast(list[SamplingStep], list(bodies.value))
+            calls = [Call(step, (self.unet, physics, y, aty, abar[step.t], abar[step.t - 1])) for step in steps]
+            own, weights = weights[: len(steps)], weights[len(steps) :]
+            x1, x2, _ = run(calls, self._coupling.value, own, x1, x2, body_dtype=x.dtype)
         return x1 + self.merge_scale * x2
-
-    def _step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        aty: Tensor,
-        abar_t: Tensor,
-        abar_prev: Tensor,
-        *,
-        physics: Any,
-        t: int,
-        schedule: StepSchedule,
-    ) -> Tensor:
-        e = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), aty, physics, t, schedule), 2).to(x.dtype)
-        if hasattr(physics, "project_step"):
-            return cast(Tensor, physics.project_step(x, e, y, abar_t, abar_prev))
-        dagger = getattr(physics, "A_dagger", physics.A_adjoint)
-        x0 = (x - (1 - abar_t).sqrt() * e) / abar_t.sqrt()
-        x0 = x0 - dagger(physics.A(x0) - y)
-        return abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * e

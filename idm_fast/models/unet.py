@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idm_fast.memory.schedule import ChainSchedule, StepSchedule
+from idm_fast.models.attention import attend
 from idm_fast.models.injector import Injector
 from idm_fast.models.layers import Conv2d, Linear, layer_dtype, weights_in
 from idm_fast.ops import chunked_feed_forward, geglu, group_norm_silu, layer_norm
@@ -68,7 +69,6 @@ class SelfAttention(nn.Module):
         """With `keep`, a reversible layer around stores what attention returns instead of attending again."""
         B, N, C = x.shape
         q, k, v = (p(x).view(B, N, self.heads, C // self.heads).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
-        attend = F.scaled_dot_product_attention
         out = kept(attend, q, k, v) if keep else attend(q, k, v)
         return self.to_out[0](out.transpose(1, 2).reshape(B, N, C))
 
@@ -140,7 +140,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, keep_attention, feed_forward_rows)
         h = h.reshape(B, height, width, C).permute(0, 3, 1, 2)
-        return self.proj_out(h) + x
+        return x + self.proj_out(h)  # in the format of x, the first operand
 
 
 class Level:

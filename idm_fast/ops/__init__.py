@@ -6,7 +6,7 @@ from idm_fast.ops.feed_forward import chunked_feed_forward
 from idm_fast.ops.fixed_point import fixed_add, fixed_couple, fixed_decouple, fixed_uncouple, from_fixed, to_fixed
 from idm_fast.ops.geglu import geglu
 from idm_fast.ops.group_norm import group_norm_silu
-from idm_fast.ops.injector import inject_read, inject_write
+from idm_fast.ops.injector import inject_couple, inject_read, inject_read_through, inject_write
 from idm_fast.ops.layer_norm import layer_norm
 from idm_fast.ops.native import load_cpu
 from idm_fast.ops.projection import adjoint, gram, measure, project_step
@@ -28,7 +28,9 @@ __all__ = [
     "geglu",
     "gram",
     "group_norm_silu",
+    "inject_couple",
     "inject_read",
+    "inject_read_through",
     "inject_write",
     "layer_norm",
     "measure",

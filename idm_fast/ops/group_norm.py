@@ -1,4 +1,7 @@
-"""GroupNorm with an optional SiLU behind it: statistics in float32 (float64 for float64 input), only they and x are kept."""
+"""GroupNorm with an optional SiLU behind it: statistics in float32 (float64 for float64 input), only they and x are kept.
+
+Any memory format; out has x's (the strides of `torch.empty_like(x)`), and so has the gradient of x.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -14,17 +18,23 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _dense(t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` in `dtype` as PyTorch's group norm takes it: dense, NHWC on the CPU alone and where x is."""
+    last = x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return t.to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     out, mean, rstd = torch.native_group_norm(
-        x.to(exact).contiguous(), weight.to(exact), bias.to(exact), B, C, x.numel() // max(B * C, 1), groups, eps
+        _dense(x, x, exact), weight.to(exact), bias.to(exact), B, C, x.numel() // max(B * C, 1), groups, eps
     )
     if silu:
         out = F.silu(out, inplace=True)
-    return out.to(dtype), mean, rstd
+    return laid_out_like(out, x, dtype), mean, rstd
 
 
 def group_norm_silu_backward_reference(
@@ -33,7 +43,7 @@ def group_norm_silu_backward_reference(
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     spatial = (1,) * (x.ndim - 2)
-    xf, w, g = x.to(exact).contiguous(), weight.to(exact), dout.to(exact).contiguous()
+    xf, w, g = _dense(x, x, exact), weight.to(exact), _dense(dout, x, exact)
     if silu:
         scale = rstd.repeat_interleave(C // groups, dim=1) * w
         shift = bias.to(exact) - mean.repeat_interleave(C // groups, dim=1) * scale
@@ -42,12 +52,12 @@ def group_norm_silu_backward_reference(
     dx, dw, db = torch.ops.aten.native_group_norm_backward(
         g, xf, mean, rstd, w, B, C, x.numel() // max(B * C, 1), groups, [True, True, True]
     )
-    return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
+    return laid_out_like(dx, x, x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
 
 
 def _fake(x, weight, bias, groups, eps, silu, dtype):
     statistics = x.new_empty(x.shape[0], groups, dtype=statistics_dtype(x.dtype))
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), statistics, statistics.clone()
+    return torch.empty_like(x, dtype=dtype), statistics, statistics.clone()
 
 
 group_norm_silu_op = define_op(
@@ -61,7 +71,7 @@ group_norm_silu_backward_op = define_op(
     " bool silu) -> (Tensor, Tensor, Tensor)",
     group_norm_silu_backward_reference,
     lambda dout, x, weight, bias, mean, rstd, groups, silu: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x),
         torch.empty_like(weight),
         torch.empty_like(bias),
     ),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from idm_fast.ops.registry import OPS, add_implementation
 
 PACKAGE = Path(__file__).parent.parent
-REINSTALL = "reinstall: pip install --force-reinstall --no-deps idm-fast (or the folder that it was installed from)"
+REINSTALL = "reinstall idm-fast: pip install --force-reinstall --no-deps --no-cache-dir and what it was installed from"
 
 
 @functools.cache
@@ -60,11 +62,34 @@ def build_record() -> dict[str, Any] | None:
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
+def instruction_set() -> str:
+    """The CPU kernels in use: portable, avx2 or avx512. ImportError without the extension."""
+    return importlib.import_module("idm_fast._C").instruction_set()
+
+
+def notes(record: dict[str, Any] | None, torch_version: str, torch_cuda: str | None) -> list[str]:
+    """What in a build differs from the torch in use, and what that means."""
+    if not record or not record["cpu"]:
+        return []
+    found = []
+    if record["torch"] != torch_version:
+        found.append(f"built with torch {record['torch']}, in use with {torch_version}: fine, the ABI is the same from 2.10 on")
+    nvcc = re.search(r"release (\d+)\.", record["nvcc"] or "")
+    if record["cuda"] and nvcc and torch_cuda and nvcc[1] != torch_cuda.partition(".")[0]:
+        found.append(f"built by CUDA {nvcc[1]}, torch has {torch_cuda}: fine if the driver (nvidia-smi) knows CUDA {nvcc[1]}")
+    if record["sanitize"]:
+        found.append(f"built with the sanitizers {record['sanitize']}: slow, for tests")
+    return found
+
+
 def _why_not(extension: str, error: ImportError | None) -> str:
     record = build_record()
     if record is None:
-        return "this checkout was never built; pip install -e ."
+        return "this checkout was never built; in its folder: pip install -e ."
     reason = record["why_not"].get(extension)
     if reason:
         return f"it was not built: {reason}"
+    running = "{}.{}".format(*sys.version_info)
+    if record["python"] != running:
+        return f"it was built for Python {record['python']}, and this is {running}; {REINSTALL}"
     return f"it was built with torch {record['torch']} and does not load: {error}; {REINSTALL}"

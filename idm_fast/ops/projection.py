@@ -18,13 +18,13 @@ from idm_fast.ops.registry import define_op, register_gradient
 
 
 def _gather(x: Tensor, permutation: Tensor, N: int) -> Tensor:
-    return x.reshape(x.shape[0], -1).index_select(1, permutation).view(x.shape[0], -1, N)
+    return x.flatten(1).index_select(1, permutation).unflatten(1, (permutation.shape[0] // N, N))
 
 
 def _scatter(rows: Tensor, permutation: Tensor, height: int, width: int) -> Tensor:
     flat = rows.new_empty(rows.shape[0], height * width)
-    flat.index_copy_(1, permutation, rows.reshape(rows.shape[0], -1))
-    return flat.view(-1, 1, height, width)
+    flat.index_copy_(1, permutation, rows.flatten(1))
+    return flat.view(rows.shape[0], 1, height, width)
 
 
 def measure_reference(x: Tensor, matrix: Tensor, permutation: Tensor) -> Tensor:

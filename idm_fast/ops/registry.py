@@ -10,6 +10,7 @@ at their first need: an explicit choice, or a report.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ proofs. On a GPU neither they nor the CUDA extension have been run or timed yet,
 MEASURED_SLOWER: set[tuple[str, str]] = set()
 """(implementation, op) that a benchmark found slower than what comes after it in ORDER: on explicit choice alone, too."""
 
+FOR_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+"""The device type that each implementation is for; where it is missing there, the log says so."""
+
 LIBRARY = torch.library.Library("idm_fast", "DEF")
 
 
@@ -43,8 +47,11 @@ class Op:
         if _choice is not None:
             return self._explicit(_choice, device_type)
         for name in ORDER:
-            if name in self.implementations and self.serves(name, device_type) and self.automatic(name, device_type):
-                return name
+            if self.automatic(name, device_type):
+                if name in self.implementations and self.serves(name, device_type):
+                    return name
+                if FOR_DEVICE.get(name) == device_type:
+                    log_missing(name, self.name)
         raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
 
     def serves(self, name: str, device_type: str) -> bool:
@@ -120,26 +127,35 @@ def load_triton() -> str | None:
     return reason
 
 
-def load(name: str | None) -> None:
-    """Add the implementations `name` where they are not loaded unasked; does nothing where they cannot be had."""
+def load(name: str | None) -> str | None:
+    """Add the implementations `name`, once; returns None, or why they cannot be had in this process."""
     from idm_fast.ops import native
 
-    if name == "triton":
-        load_triton()
-    elif name == "cuda":
-        native.load_cuda()
+    loaders = {"triton": load_triton, "cuda": native.load_cuda, "cpu": native.load_cpu}
+    return loaders[name]() if name in loaders else None
 
 
 def missing_reason(name: str) -> str:
     """Why no op, or not the one that was asked for, has implementation `name` in this process."""
-    from idm_fast.ops import native
+    if name not in ORDER:
+        return f"unknown implementation; known are {', '.join(ORDER)}"
+    return load(name) or f"{name} has no kernel for it"
 
-    reasons = {
-        "triton": load_triton() or "this version of idm_fast ships no Triton kernel for it yet",
-        "cuda": native.load_cuda() or "the CUDA extension has no kernel for it",
-        "cpu": native.load_cpu() or "the C++ extension has no kernel for it",
-    }
-    return reasons.get(name, f"unknown implementation; known are {', '.join(ORDER)}")
+
+_logged: set[str] = set()
+
+
+def log_missing(name: str, op: str) -> None:
+    """Warn, once a process, that implementation `name` cannot be had; `op` is what has first asked for it.
+
+    An op for which `name` exists but has no kernel is no news: doctor lists it.
+    """
+    if name in _logged:
+        return
+    _logged.add(name)
+    reason = load(name)
+    if reason:
+        logging.getLogger(__name__).warning("idm_fast::%s, and others, run without %r, which is missing: %s", op, name, reason)
 
 
 class use:

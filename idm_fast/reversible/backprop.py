@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from idm_fast.reversible.coupling import Coupling
+from idm_fast.reversible.deferred import Deferred, DeferringBody
 from idm_fast.reversible.drift import Drift
+from idm_fast.reversible.replay import norm_buffers_kept
 from idm_fast.reversible.segment import Segment, being_compiled
 from idm_fast.reversible.streams import FixedStreams, Streams, as_streams
 
@@ -37,7 +39,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def check_shape(index: int, body: object, x1: Tensor, F: Tensor) -> None:
+def check_shape(index: int, body: object, x1: Tensor, F: Tensor | Deferred) -> None:
     """ValueError unless a body preserved the shape."""
     if F.shape != x1.shape:
         raise ValueError(
@@ -47,14 +49,16 @@ def check_shape(index: int, body: object, x1: Tensor, F: Tensor) -> None:
 
 
 class _Body:
-    """A body as a chain calls it: in the dtype that bodies get, with its shape checked."""
+    """A body as a chain calls it: in the dtype that bodies get, with its shape checked; deferred where the chain takes that."""
 
-    def __init__(self, index: int, body: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, index: int, body: Callable[..., Tensor], dtype: torch.dtype, takes_deferred: bool) -> None:
         self._index, self._body, self._dtype = index, body, dtype
+        deferred = takes_deferred and isinstance(body, DeferringBody) and not body.is_watched()
+        self._function: Callable[..., Tensor | Deferred] = cast(DeferringBody, body).deferred if deferred else body
 
-    def __call__(self, x1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x1: Tensor, *args: Any, **kwargs: Any) -> Tensor | Deferred:
         version = x1._version
-        F = self._body(x1.to(self._dtype), *args, **kwargs)
+        F = self._function(x1.to(self._dtype), *args, **kwargs)
         check_shape(self._index, self._body, x1, F)
         if x1._version != version:
             raise RuntimeError(
@@ -113,7 +117,7 @@ class _Chain:
             raise RuntimeError("this reversible chain was differentiated already; pass retain_graph=True to do so twice")
         return self._streams[index]
 
-    def replay(self, index: int, x1: Tensor) -> Tensor:
+    def replay(self, index: int, x1: Tensor) -> Tensor | Deferred:
         """F of layer `index`."""
         side = {position: self._saved[slot] for position, slot in self._side_slots[index].items()}
         inputs = {0: x1} | {position: tensor for position, tensor in side.items() if tensor is not None}
@@ -133,14 +137,18 @@ class _Chain:
 
 
 class _Couple(torch.autograd.Function):
-    """y1 = coupling(F, x2; v). Backward recovers the layer's input, refills its body's graph, and inverts the coupling."""
+    """y1 = coupling(F, x2; v); F is the one tensor that it is `made_of`, or `deferred`, made of several. Backward recovers the
+    layer's input, refills its body's graph, and inverts the coupling."""
 
     @staticmethod
-    def forward(ctx, chain: _Chain, index: int, keep: bool, F: Tensor, x1: Tensor, x2: Tensor, v: Tensor | None) -> Tensor:
-        ctx.chain, ctx.index, ctx.keep = chain, index, keep
+    def forward(
+        ctx, chain: _Chain, index: int, keep: bool, deferred: Deferred | None, x1: Tensor, x2: Tensor, v: Tensor | None,
+        *made_of: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.chain, ctx.index, ctx.keep, ctx.count = chain, index, keep, len(made_of)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, *((x1, x2) if keep else ()))
-        return chain.kind.couple(F, x2, v)
+        return chain.kind.couple(made_of[0] if deferred is None else deferred, x2, v)
 
     @staticmethod
     def backward(ctx, d1: Tensor):
@@ -167,7 +175,7 @@ class _Couple(torch.autograd.Function):
                 x2, dF, dx2, dv = kind.uncouple(index, y1, F, d1, v, inplace=own)
             recovered = (x1, x2)
         chain.leave(index, recovered)
-        return None, None, None, dF, None, dx2, dv
+        return None, None, None, None, None, dx2, dv, *(dF if isinstance(dF, tuple) else (dF,) * ctx.count)
 
 
 def _merge(y1: Tensor, y2: Tensor, m: Tensor) -> Tensor:
@@ -281,19 +289,25 @@ def reversible_chain(
         chain.starts_scaled = bool(calls) and not keep
         x2 = cast(Tensor, _Start.apply(chain, x1, input_scale)) if chain.starts_scaled else x1 * input_scale.to(x1.dtype)
     x1, x2 = chain.kind.begin(x1, x2)
-    for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
-        body = _Body(index, call.body, body_dtype)
-        layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
-        layers.append(layer)
-        F = layer.run()
-        if drift is not None:
-            drift.keep(x2)
-        x1, x2 = _Couple.apply(chain, index, keep, F, x1, x2, v), x1
-        if merges and index in merges:
-            m = merges[index]
-            merged.append(_merge(x1, x2, m) if keep else _Merge.apply(chain, index, x1, x2, m))
-        layer.tensors.pop(0)  # let go of x1
-    y1, y2, *merged = _End.apply(chain, x1, x2, *merged)
+    try:
+        for index, (call, v) in enumerate(zip(calls, weights, strict=True)):
+            body = _Body(index, call.body, body_dtype, chain.kind.takes_deferred)
+            layer = Segment(body, call.body, (x1, *call.args), call.kwargs, preserve_rng_state, x1.device, index)
+            layers.append(layer)
+            F = layer.run()
+            if drift is not None:
+                drift.keep(x2)
+            deferred, made_of = (F, F.tensors) if isinstance(F, Deferred) else (None, (F,))
+            x1, x2 = _Couple.apply(chain, index, keep, deferred, x1, x2, v, *made_of), x1
+            if merges and index in merges:
+                m = merges[index]
+                merged.append(_merge(x1, x2, m) if keep else _Merge.apply(chain, index, x1, x2, m))
+            layer.tensors.pop(0)  # let go of x1
+        y1, y2, *merged = _End.apply(chain, x1, x2, *merged)
+    except BaseException:
+        for layer in layers:
+            layer.release()  # x1 leads to the chain, and the chain to its layers: a circle that Python cannot collect
+        raise
     return y1, y2, merged
 
 
@@ -337,6 +351,7 @@ def invert_chain(
     streams = as_streams(coupling)
     for index in reversed(range(len(calls))):
         call = calls[index]
-        F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
+        with norm_buffers_kept(call.body):
+            F = call.body(streams.value(y2).to(body_dtype), *call.args, **call.kwargs)
         y1, y2 = y2, streams.inverse(index, y1, F, weights[index])
     return y1, y2

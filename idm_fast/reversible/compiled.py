@@ -5,7 +5,8 @@ forward and backward. The saved-tensor hooks of the eager engine (backprop.py) a
 backward is written out: run a body, invert its coupling, differentiate the body, go on with the layer below. A partitioner
 would rather share a replay with the forward pass, which means storing; `_after` makes each replay wait for the gradient.
 
-A graph has no generator to put back either: what random operations drew is stored, of a dropout its mask.
+A graph has no generator to put back either: what random operations drew is stored, of a dropout its mask; so is what
+operations inside `kept` gave.
 
 What dynamo does not see it does not guard. A chain is compiled again when a `training` flag, a tensor's metadata or an option
 of the chain changes; any other attribute of a body (a dropout's p, say) is read once.
@@ -13,7 +14,7 @@ of the chain changes; any other attribute of a body (a dropout's p, say) is read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import is_constant_class, tree_flatten, tree_map, tree_unflatten
 
 from idm_fast.reversible.backprop import Call, check_shape
 from idm_fast.reversible.constant import Constant
 from idm_fast.reversible.coupling import Coupling
 from idm_fast.reversible.replay import AutocastState
+from idm_fast.reversible.segment import keeping
 from idm_fast.reversible.streams import FixedStreams
 
 _NONE = Constant(None)
@@ -47,20 +49,30 @@ def _after_fake(x: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-class _Draws(TorchDispatchMode):
-    """Notes what random operations gave in a first run; its `replay` gives it again."""
+class _Notes(TorchDispatchMode):
+    """Notes what random operations gave in a first run, and all operations inside `kept`; its `replay` gives it again."""
 
     def __init__(self, noted: list[Any] | None = None) -> None:
         super().__init__()
         self._noted: list[Any] = []
         self._given = None if noted is None else iter(noted)
+        self._keeping = False
 
-    def replay(self) -> _Draws:
-        return _Draws(self._noted)
+    def replay(self) -> _Notes:
+        return _Notes(self._noted)
+
+    def keep(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """`kept`: function(*inputs), noted."""
+        before, self._keeping = self._keeping, True
+        try:
+            return function(*inputs)
+        finally:
+            self._keeping = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, kwargs):
+        random = torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs)
+        if func.is_view or not (random or self._keeping):
             return func(*args, **kwargs)
         written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if written not in ([], ["self"]):
@@ -70,12 +82,17 @@ class _Draws(TorchDispatchMode):
         dropout = func is torch.ops.aten.native_dropout.default
         if self._given is None:
             out = func(*args, **kwargs)
-            self._noted.append(out[1] if dropout else out.clone() if written else out)
+            # What is returned gets a graph; what is noted must have none.
+            self._noted.append(out[1] if dropout else out.clone() if written else _detached(out))
             return out
         given = next(self._given)
         if dropout:  # of which the mask alone was noted
             return args[0] * given * (0.0 if args[1] == 1 else 1 / (1 - args[1])), given
-        return args[0].copy_(given) if written else given
+        return args[0].copy_(given) if written else _detached(given)
+
+
+def _detached(out: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, out)
 
 
 def _draws_nothing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -121,18 +138,19 @@ class _Layer:
         self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.inputs: list[Any] = [named[name] for name in self._names] + [self._leaves[i] for i in self._positions]
         self._autocast: AutocastState
-        self._draws: _Draws
+        self._notes: _Notes
 
     def run(self, x1: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """F = body(x1)."""
-        self._autocast, self._draws = AutocastState.capture(x1.device), _Draws()
-        with self._draws:
+        self._autocast, self._notes = AutocastState.capture(x1.device), _Notes()
+        with self._notes, keeping(self._notes.keep):
             return self._call(x1, inputs, self._buffers)
 
     def replay(self, x1: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """F again, with a graph: the same draws, and buffers left as `run` left them."""
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        with torch.enable_grad(), self._autocast.put_back(), self._draws.replay():
+        notes = self._notes.replay()
+        with torch.enable_grad(), self._autocast.put_back(), notes, keeping(notes.keep):
             return self._call(x1, inputs, buffers)
 
     def _call(self, x1: Tensor, inputs: Sequence[Tensor], buffers: dict[str, Tensor]) -> Tensor:
@@ -234,7 +252,7 @@ def _traced_chain(
     coupling: Constant,
     weights: list[Tensor],
     state: dict[str, Tensor],
-    training: list[bool],
+    training: str,
     side: list[tuple[Any, Any]],
     x1: Tensor,
     x2: Tensor,
@@ -279,11 +297,23 @@ def _make_chain(
     return _Chain(layers, coupling, keep, weight_slots, slots, merge_slots), list(unique.values())
 
 
+def _traceable(leaf: Any) -> Any:
+    """A side input as a traced call takes it."""
+    if leaf is None:
+        return _NONE
+    if not isinstance(leaf, (Tensor, nn.Module, int, float, str)) and not is_constant_class(type(leaf)):
+        raise TypeError(
+            f"side inputs: a {type(leaf).__name__} cannot be an input of a graph; make its class an nn.Module with its tensors "
+            "as buffers, or compile without it"
+        )
+    return leaf
+
+
 def compiled_chain(
     constants: tuple[Constant, Constant],
     calls: Sequence[Call],
     streams: Coupling | FixedStreams,
-    weights: list[Tensor | None],
+    weights: Sequence[Tensor | None],
     x1: Tensor,
     x2: Tensor | None,
     *,
@@ -301,7 +331,8 @@ def compiled_chain(
         Others, and what is returned, as in `reversible_chain`.
 
     Raises:
-        RuntimeError: `calls` are not for the ModuleList. NotImplementedError: fixed-point streams.
+        RuntimeError: `calls` are not for the ModuleList. NotImplementedError: fixed-point streams. TypeError: a side input is
+            an object that a graph cannot take.
     """
     bodies, coupling = constants
     if isinstance(streams, FixedStreams):
@@ -312,10 +343,14 @@ def compiled_chain(
     if any(call.body is not body for call, body in zip(calls, bodies.value, strict=True)):
         raise RuntimeError("bodies: the list was replaced by another; compile a ReversibleSequence that was made from that one")
     modules = bodies.value
-    state = dict(modules.named_parameters(remove_duplicate=False))
-    state |= dict(modules.named_buffers(remove_duplicate=False))
-    training = [module.training for module in modules.modules()]
-    side = tree_map(lambda leaf: _NONE if leaf is None else leaf, [(call.args, call.kwargs) for call in calls])
+    # One walk, and few leaves: dynamo interprets it, and the flattening of what it gives, instruction by instruction.
+    state: dict[str, Tensor] = {}
+    training = ""
+    for path, module in modules.named_modules(remove_duplicate=False):
+        training += "1" if module.training else "0"
+        for tensors in (module._parameters, module._buffers):
+            state |= {f"{path}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
+    side = tree_map(_traceable, [(call.args, call.kwargs) for call in calls])
     weighted = [v for v in weights if v is not None]
     wanted = {layer: merges[layer] for layer in sorted(merges)} if merges else {}
     y1, y2, *merged = _traced_chain(bodies, coupling, weighted, state, training, side, x1, x2, wanted, keep, body_dtype)

@@ -88,12 +88,13 @@ class ReplayContext:
                 stack.enter_context(self.random.put_back())
             if self.implementation != registry.current_choice():
                 stack.enter_context(registry.use(self.implementation))
-            stack.enter_context(_norm_buffers_kept(body))
+            stack.enter_context(norm_buffers_kept(body))
             yield
 
 
 @contextmanager
-def _norm_buffers_kept(body: Callable[..., Any]) -> Iterator[None]:
+def norm_buffers_kept(body: Callable[..., Any]) -> Iterator[None]:
+    """Within, statistics of BatchNorm and its like move, and afterwards they are what they were."""
     modules = body.modules() if isinstance(body, nn.Module) else ()
     moving = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats and m.training]
     saved = [(buffer, buffer.clone()) for module in moving for buffer in module.buffers(recurse=False)]

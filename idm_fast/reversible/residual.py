@@ -26,7 +26,7 @@ class ResidualBranch(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name, version = type(self.block).__name__, x._version
+        name, version = type(self.block).__name__, _version(x)
         y = self.block(x, *args, **kwargs)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -34,9 +34,13 @@ class ResidualBranch(nn.Module):
                 f"{name} turned {tuple(x.shape)} into {found}; a reversible block returns one tensor of its input's shape: "
                 "leave it out with blocks=, a class or a predicate, or pass an example so that its shape is looked at"
             )
-        if x._version != version:
+        if _version(x) != version:
             raise RuntimeError(f"{name} changed its input in place, which is still needed; write x = x + f(x), not x += f(x)")
         return y - x
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version  # tensors of the inference mode count none
 
 
 class AttentionBranch(nn.Module):

@@ -11,10 +11,11 @@ behave as in plain autograd.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
     """function(*inputs), its results stored by the reversible layer around it instead of being computed again in backward.
 
     For what is dear to compute and small to keep, such as attention; the inputs are recomputed as ever. Outside of a
-    reversible layer and of `recompute`, and under torch.compile, this is function(*inputs).
+    reversible layer and of `recompute`, and in a compiled `recompute`, this is function(*inputs).
 
     Args:
         function: returns a tensor, or a tuple of them. It must reach nothing that carries a graph besides its inputs.
@@ -47,6 +48,16 @@ def kept(function: Callable[..., Result], *inputs: Tensor) -> Result:
     """
     keeper = None if torch.compiler.is_dynamo_compiling() else _keeper.get()
     return function(*inputs) if keeper is None else cast(Result, keeper(function, inputs))
+
+
+@contextmanager
+def keeping(keeper: Callable[..., Any] | None) -> Iterator[None]:
+    """Within, `kept(function, *inputs)` is keeper(function, inputs); None: function(*inputs)."""
+    token = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
 
 
 def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = True, **kwargs: Any) -> Tensor:
@@ -95,11 +106,59 @@ class _Holder:
 
 
 @dataclass(frozen=True)
+class _View:
+    """A tensor that `kept` need not store, for it lies within one of its inputs.
+
+    Attributes:
+        number: of the input. strides: of the input.
+        size, stride, offset: of the tensor; the offset is from the input's first element.
+    """
+
+    number: int
+    strides: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @torch.no_grad()
+    def of(self, inputs: Sequence[Tensor]) -> Tensor:
+        source = inputs[self.number]
+        if source.stride() != self.strides:  # a recovered stream need not lie in memory as the first one did
+            source = source.new_empty_strided(source.shape, self.strides).copy_(source)
+        return source.as_strided(self.size, self.stride, source.storage_offset() + self.offset)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in memory: its storage, and its first and last element there."""
+
+    storage: int
+    dtype: torch.dtype
+    first: int
+    last: int
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Place:
+        first = int(t.storage_offset())
+        last = first + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        return cls(t.untyped_storage()._cdata, t.dtype, first, last, t.stride())
+
+
+def _view_within(places: Sequence[_Place], tensor: Tensor) -> _View | None:
+    """`tensor` as a view of one of the inputs that lie at `places`."""
+    own = _Place.of(tensor)
+    for number, place in enumerate(places):
+        if own[:2] == place[:2] and place.first <= own.first and own.last <= place.last:
+            return _View(number, place.strides, tuple(tensor.shape), own.strides, own.first - place.first)
+    return None
+
+
+@dataclass(frozen=True)
 class _KeptCall:
     """One use of `kept`: where its graph finds the tensors that it wants, and what it returned."""
 
-    sources: list[tuple[bool, int, tuple[Any, ...]]]
-    """(whether an input, number of the input or of a stored tensor, its sizes, strides and offset)."""
+    sources: list[_View | int]
+    """Views of inputs, and numbers of stored tensors."""
     results: list[tuple[int, bool]]
     """(number of a stored tensor, requires_grad)."""
     spec: TreeSpec
@@ -113,7 +172,8 @@ class Segment:
     """function(*args, **kwargs), from its run to its replay.
 
     Args:
-        function: what is run. module: whose norm buffers a replay must not move, and whose name errors give.
+        function: what is run; it returns a tensor or a `Deferred`.
+        module: whose norm buffers a replay must not move, and whose name errors give.
         preserve_rng_state: put the generators back on replay.
         device: whose generators and autocast are put back.
         index: of the layer, for errors.
@@ -121,7 +181,7 @@ class Segment:
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         module: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -150,20 +210,16 @@ class Segment:
         """The owner has saved `tensors` and `stored`."""
         self.tensors, self.stored = {}, []
 
-    def run(self) -> Tensor:
+    def run(self) -> Any:
         """The result, recorded, with everything that autograd would store dropped."""
         self._context = self._capture()
-        token = _keeper.set(self._keep)
-        try:
-            with saved_tensors_hooks(self._drop, self._restore):
-                result = self._call(self.tensors)
-        finally:
-            _keeper.reset(token)
+        with keeping(self._keep), saved_tensors_hooks(self._drop, self._restore):
+            result = self._call(self.tensors)
         if [tensor._version for tensor in self.stored] != self._stored_versions:
             raise RuntimeError(f"{self.name} changed in place what `kept` returned; use the operation that is not in place")
         return result
 
-    def replay(self, tensors: dict[int, Tensor], stored: Sequence[Tensor], result_wanted: bool = True) -> Tensor:
+    def replay(self, tensors: dict[int, Tensor], stored: Sequence[Tensor], result_wanted: bool = True) -> Any:
         """The result again, without a graph; refills what `run` dropped. Without `result_wanted` it stops when that is done."""
         position, calls = 0, iter(self._kept_calls)
         different = RuntimeError(
@@ -187,24 +243,21 @@ class Segment:
             if call is None:
                 raise different
             results = [stored[number].detach().requires_grad_(needs_grad) for number, needs_grad in call.results]
-            for is_input, number, geometry in call.sources:
-                refill(inputs[number].as_strided(*geometry) if is_input else stored[number])
+            for source in call.sources:
+                refill(source.of(inputs) if isinstance(source, _View) else stored[source])
             return tree_unflatten(results, call.spec)
 
         leaves = {p: t.detach().requires_grad_(self._needs_grad[p]) for p, t in tensors.items()}
-        token = _keeper.set(keep)
         try:
-            with self._context.put_back(self._module), torch.enable_grad(), saved_tensors_hooks(refill, _never):
+            with keeping(keep), self._context.put_back(self._module), torch.enable_grad(), saved_tensors_hooks(refill, _never):
                 result = self._call(leaves).detach() if self._holders or result_wanted else torch.empty(0)
         except _Filled:
             return torch.empty(0)
-        finally:
-            _keeper.reset(token)
         if position != len(self._holders):
             raise different
         return result
 
-    def _call(self, tensors: dict[int, Tensor]) -> Tensor:
+    def _call(self, tensors: dict[int, Tensor]) -> Any:
         leaves = [tensors.get(position, constant) for position, constant in enumerate(self._constants)]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return self._function(*args, **kwargs)
@@ -218,30 +271,26 @@ class Segment:
         if holder not in self._refilled:
             raise RuntimeError(
                 f"backward entered {self.name} before its result; a part that is run again may pass tensors to the loss "
-                "through its return value only"
+                "through its return value only, and with retain_graph=True read ctx.saved_tensors once a backward"
             )
         tensor, version = self._refilled[holder]
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # the holder stays, for a next time that refills it
+            del self._refilled[holder]
         if tensor._version != version:
             raise RuntimeError(f"{self.name} changed in place a tensor that its backward needs, as plain autograd would say")
         return tensor
 
     def _keep(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """`kept` in the first run: what the function saves and returns is an input or is stored."""
-        sources: list[tuple[bool, int, tuple[Any, ...]]] = []
-        numbers = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(inputs)}
+        sources: list[_View | int] = []
+        places = [_Place.of(tensor) for tensor in inputs]  # autograd holds on to `drop`, which must not hold on to the inputs
 
         def drop(tensor: Tensor) -> _Holder:
-            number = numbers.get(tensor.untyped_storage()._cdata)
-            geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
-            sources.append((number is not None, self._store(tensor) if number is None else number, geometry))
+            sources.append(_view_within(places, tensor) or self._store(tensor))
             return self._drop(tensor)
 
-        token = _keeper.set(None)
-        try:
-            with saved_tensors_hooks(drop, self._restore):
-                results, spec = tree_flatten(function(*inputs))
-        finally:
-            _keeper.reset(token)
+        with keeping(None), saved_tensors_hooks(drop, self._restore):
+            results, spec = tree_flatten(function(*inputs))
         returned = [(self._store(result), result.requires_grad) for result in results]
         self._kept_calls.append(_KeptCall(sources, returned, spec))
         return tree_unflatten(results, spec)

@@ -15,7 +15,7 @@ one layer, for small bodies, or when memory is not what limits you, use plain au
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +37,28 @@ before each layer and recomputes the bodies, `store` is plain autograd."""
 
 SMALLEST_V = 1e-3
 """|v| below this is refused: inverting one layer would multiply rounding errors by more than a thousand."""
+
+
+def invertible_chain(
+    bodies: Constant,
+    coupling: Constant,
+    calls: Sequence[Call],
+    streams: Coupling | FixedStreams,
+    weights: Sequence[Tensor | None],
+    x1: Tensor,
+    x2: Tensor | None,
+    *,
+    preserve_rng_state: bool,
+    drift: Drift | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`reversible_chain`, or what a graph has in its place while one is traced; arguments as in both."""
+    if being_compiled(x1):
+        from idm_fast.reversible.compiled import compiled_chain  # here, for it loads dynamo, which takes seconds
+
+        return compiled_chain((bodies, coupling), calls, streams, weights, x1, x2, **options)
+    options |= {"preserve_rng_state": preserve_rng_state, "drift": drift}
+    return reversible_chain(calls, streams, weights, x1, x2, **options)
 
 
 class ReversibleSequence(nn.Module):
@@ -148,19 +170,16 @@ class ReversibleSequence(nn.Module):
         fixed = self.stream_dtype == torch.int32
         if fixed:
             self._check_min_v()
-        options = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
+        options: dict[str, Any] = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
         invertible = recovery != "store" and torch.is_grad_enabled() and bool(calls)
         run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
-        if invertible and being_compiled(x1):
-            from idm_fast.reversible.compiled import compiled_chain  # here, for it loads dynamo, which takes seconds
-
-            run = partial(compiled_chain, self._constants, keep=recovery == "keep")
-        elif invertible:
-            run = partial(reversible_chain, keep=recovery == "keep", preserve_rng_state=self.preserve_rng_state)
-            if recovery == "invert":
+        if invertible:
+            options |= {"keep": recovery == "keep", "preserve_rng_state": self.preserve_rng_state}
+            run = partial(invertible_chain, *self._constants)
+            if recovery == "invert" and not being_compiled(x1):
                 self._check_smallest_v()
                 if self.check_inverse and values_can_be_read(x1):
-                    run = partial(run, drift=Drift(len(calls), partial(setattr, self, "drift")))
+                    options["drift"] = Drift(len(calls), partial(setattr, self, "drift"))
         coupling = self._streams_coupling(x1.dtype, invertible=invertible and recovery == "invert")
         y1, y2, merged = run(calls, coupling, self._weights(), x1, second, **options)
         if fixed:

@@ -19,19 +19,25 @@ from torch import Tensor
 
 from idm_fast import ops
 from idm_fast.ops.fixed_point import SMALLEST_V
-from idm_fast.reversible.coupling import Coupling
+from idm_fast.reversible.coupling import ConvexCoupling, Coupling
+from idm_fast.reversible.deferred import Deferred
 
-Gradients = tuple[Tensor, Tensor, Tensor | None]
+Gradients = tuple[Any, Tensor, Tensor | None]
 """dF, dx2, dv."""
 
 
 class Streams(Protocol):
-    """`kept` streams are what is stored and recovered; `value` turns them into what bodies see."""
+    """`kept` streams are what is stored and recovered; `value` turns them into what bodies see.
+
+    F is a tensor, or where `takes_deferred` is true perhaps a `Deferred`: dF is then the tuple of its gradients.
+    """
+
+    takes_deferred: bool
 
     def begin(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """The streams that the first layer sees."""
 
-    def couple(self, F: Tensor, x2: Tensor, v: Tensor | None) -> Tensor:
+    def couple(self, F: Any, x2: Tensor, v: Tensor | None) -> Tensor:
         """y1 of the next layer, in floating point; layers come in order."""
 
     def end(self, y1: Tensor, y2: Tensor) -> list[Tensor]:
@@ -43,15 +49,15 @@ class Streams(Protocol):
     def value(self, kept: Tensor) -> Tensor:
         """A kept stream in floating point."""
 
-    def inverse(self, index: int, y1: Tensor, F: Tensor, v: Tensor | None) -> Tensor:
+    def inverse(self, index: int, y1: Tensor, F: Any, v: Tensor | None) -> Tensor:
         """Kept x2 of layer `index` from its kept y1."""
 
-    def backward(self, d1: Tensor, F: Tensor, x2: Tensor, v: Tensor | None) -> Gradients:
+    def backward(self, d1: Tensor, F: Any, x2: Tensor, v: Tensor | None) -> Gradients:
         """Gradients of a layer whose x2, in floating point, was stored."""
 
     def uncouple(
-        self, index: int, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor | None, inplace: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, index: int, y1: Tensor, F: Any, d1: Tensor, v: Tensor | None, inplace: bool
+    ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
         """`inverse` and `backward` at once: kept x2, dF, dx2, dv. With `inplace`, x2 may be written over y1."""
 
 
@@ -60,12 +66,15 @@ class FloatStreams:
 
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
-        self.backward = coupling.backward
+        self.takes_deferred = isinstance(coupling, ConvexCoupling)
 
     def begin(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         return x1, x2
 
-    def couple(self, F: Tensor, x2: Tensor, v: Tensor | None) -> Tensor:
+    def couple(self, F: Any, x2: Tensor, v: Tensor | None) -> Tensor:
+        if isinstance(F, Deferred):
+            assert v is not None
+            return F.couple(x2, v)
         return self._coupling.forward(F, x2, v)
 
     def end(self, y1: Tensor, y2: Tensor) -> list[Tensor]:
@@ -73,17 +82,29 @@ class FloatStreams:
 
     def begin_backward(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         y1, y2 = stored
-        return y1, y2
+        return y1.detach(), y2.detach()  # whose graph leads to whoever keeps them
 
     def value(self, kept: Tensor) -> Tensor:
         return kept
 
-    def inverse(self, index: int, y1: Tensor, F: Tensor, v: Tensor | None) -> Tensor:
+    def inverse(self, index: int, y1: Tensor, F: Any, v: Tensor | None) -> Tensor:
+        if isinstance(F, Deferred):
+            assert v is not None
+            return F.inverse(y1, v)
         return self._coupling.inverse(y1, F, v)
 
+    def backward(self, d1: Tensor, F: Any, x2: Tensor, v: Tensor | None) -> Gradients:
+        if isinstance(F, Deferred):
+            assert v is not None
+            return F.backward(d1, x2, v)
+        return self._coupling.backward(d1, F, x2, v)
+
     def uncouple(
-        self, index: int, y1: Tensor, F: Tensor, d1: Tensor, v: Tensor | None, inplace: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, index: int, y1: Tensor, F: Any, d1: Tensor, v: Tensor | None, inplace: bool
+    ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
+        if isinstance(F, Deferred):
+            assert v is not None
+            return F.uncouple(y1, d1, v, inplace)
         return self._coupling.uncouple(y1, F, d1, v, inplace)
 
 
@@ -96,6 +117,8 @@ class FixedStreams:
         bits: width of the codes, see `ops.fixed_couple`; 0 keeps none, and then nothing can be inverted.
         dtype: floating-point dtype of what bodies and autograd see.
     """
+
+    takes_deferred = False
 
     def __init__(self, coupling: Coupling, fraction_bits: int, bits: int, dtype: torch.dtype) -> None:
         self._coupling = coupling

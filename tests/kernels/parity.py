@@ -16,7 +16,7 @@ LAYOUTS = ("contiguous", "channels_last", "strided", "expanded", "unaligned", "t
 def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0, layout: str = "contiguous") -> Tensor:
     """A normal tensor of `shape` that lies in memory as `layout` says; "expanded" repeats its first image."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
@@ -28,6 +28,18 @@ def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0, layout: st
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     return x
+
+
+def around_100(*shape: int, device: str) -> Tensor:
+    """Values of mean 100 and deviation 0.01 in float32, on its grid there, each second one mirroring the one before it.
+
+    So the mean of each row, and of an even number of elements in front of it, is a float32, and found by arithmetic on
+    differences. Sums of the values themselves round: with 100·n just above a power of two, by more than the mean would.
+    """
+    unit, generator = torch.finfo(torch.float32).eps * 64, torch.Generator().manual_seed(sum(shape))
+    off = (torch.randn(*shape[:-1], shape[-1] // 2, generator=generator, dtype=torch.float64) * 0.01 / unit).round()
+    center = torch.randint(-100, 101, (*shape[:-1], 1), generator=generator) * 2
+    return (100 + unit * torch.stack([center + off, center - off], -1).flatten(-2)).float().to(device)
 
 
 def run(name: str, implementation: str, arguments: tuple) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import LAYOUTS, assert_parity, draw, run
+from parity import LAYOUTS, around_100, assert_parity, draw, run
 from torch import Tensor
 
 from idm_fast import ops
@@ -89,16 +89,34 @@ def test_parity_in_every_layout(device: str, layout: str, dout_layout: str) -> N
         assert_both_ways(implementation, x, dout, 3, True)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_and_gradient_lie_in_memory_as_the_input_does(device: str, layout: str, implementation: str) -> None:
+    x = draw(2, 6, 7, 9, dtype=torch.float32, device=device, layout=layout)
+    dout = draw(2, 6, 7, 9, dtype=torch.float32, device=device, seed=5)
+    expected = torch.empty_like(x).stride()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert run("group_norm_silu", implementation, forward_arguments(x, 3, True, dtype))[0].stride() == expected
+    assert run("group_norm_silu_backward", implementation, backward_arguments(dout, x, 3, True))[0].stride() == expected
+
+
 def test_parity_in_channels_last_over_several_tiles(device: str) -> None:
     x, dout = (draw(1, 70, 7, 11, dtype=torch.float32, device=device, seed=s, layout="channels_last") for s in (0, 5))
     assert_both_ways("triton", x, dout, 5, True)
 
 
+@pytest.mark.parametrize("groups", [3, 42])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_digits_are_kept_on_a_mean_of_100_and_a_deviation_of_a_hundredth(device: str, layout: str) -> None:
-    x = (draw(2, 6, 40, 40, dtype=torch.float64, device=device, layout=layout) * 0.01 + 100).float()
-    dout = draw(2, 6, 40, 40, dtype=torch.float32, device=device, seed=5)
-    assert_both_ways("triton", x, dout, 3, True)
+def test_digits_are_kept_on_a_mean_of_100_and_a_deviation_of_a_hundredth(device: str, layout: str, groups: int) -> None:
+    """With a channel a group, the mean of a tile shows; with 14, how means are merged."""
+    x = around_100(1, 42, 336, device=device).unflatten(2, (14, 24))
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    found = run("group_norm_silu", "triton", forward_arguments(x, groups, True, torch.float32))[1]
+    exact = x.double().unflatten(1, (groups, -1)).mean((2, 3, 4))
+    half_a_unit = torch.finfo(torch.float32).eps * 64 / 2
+    assert (found - exact).abs().max() <= half_a_unit * 1.01  # of the rounding itself, and of nothing before it
+    dout = draw(1, 42, 14, 24, dtype=torch.float32, device=device, seed=5)
+    assert_both_ways("triton", x, dout, groups, True)
 
 
 @pytest.mark.parametrize("outlier", [1e4, -1e4])

@@ -12,7 +12,8 @@ from idm_fast.ops import registry
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 OPS = ("inject_read", "inject_read_backward", "inject_write", "inject_write_backward")
-SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 19, 29, 2)]
+OPS += ("inject_couple", "inject_couple_backward", "inject_uncouple")
+SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 9, 29, 2)]
 """Batch, channels a plane, height and width of the features, r."""
 
 
@@ -24,20 +25,42 @@ def arguments(name: str, h: Tensor, r: int) -> tuple:
     images = [draw(B, 1, height * r, width * r, dtype=h.dtype, device=device, seed=seed) for seed in (1, 2, 3)]
     read, write = (draw(*shape, dtype=parameter, device=device) for shape in ((1, c, 1, 1), (c, 3, 1, 1)))
     bias = [draw(n, dtype=parameter, device=device, seed=7) for n in (1, c)]
+    layout = "contiguous" if h.is_contiguous() else "channels_last"
+    stream = torch.promote_types(h.dtype, torch.float32)
+    x2, d1 = (draw(*h.shape, dtype=stream, device=device, seed=seed, layout=layout) for seed in (9, 10))
+    v = torch.tensor([0.4], dtype=parameter, device=device)
+    both = (h, *images, write, bias[1])
     return {
         "inject_read": (h, read, bias[0], r),
-        "inject_read_backward": (images[0], h, read, r),
+        "inject_read_backward": (images[0], h, read, r, x2.to(h.dtype)),
         "inject_write": (h, *images, write, bias[1], r),
         "inject_write_backward": (h, *images, write, r),
+        "inject_couple": (*both, x2, v, r),
+        "inject_couple_backward": (d1, *both, x2, v, r),
+        "inject_uncouple": (x2, d1, *both, v, r),
     }[name]
 
 
 def scales(name: str, given: tuple) -> dict[int, Tensor]:
     """For what sums over c or over positions, the largest root sum of squares of the terms of one element."""
     exact = [a.double() if isinstance(a, Tensor) else a for a in given]
+    if name == "inject_couple" or exact[0].numel() == 0:
+        return {}
+    if name in ("inject_couple_backward", "inject_uncouple"):
+        return coupled_scales(name, exact)
     squares = [a.square() if isinstance(a, Tensor) else a for a in exact]
     found = run(name, "reference", tuple(squares))
     return {k: t.max().sqrt() for k, t in enumerate(found) if t.numel()}
+
+
+def coupled_scales(name: str, exact: list) -> dict[int, Tensor]:
+    """As `scales`: the gradient that `inject_write_backward` sees is (1−v)·d1, dv sums d1·(x2 − out) or d1·(y1 − out)/v."""
+    *streams, h, z, gz, aty, weight, bias = exact[:-2] if name == "inject_uncouple" else exact[:-3]
+    v, r = exact[-2:]
+    d1, stream, steep = (streams[1], streams[0], v) if len(streams) == 2 else (streams[0], exact[-3], 1)
+    out = run("inject_write", "reference", (h, z, gz, aty, weight, bias, r))[0]
+    found = {k + len(streams): t for k, t in scales("inject_write_backward", ((1 - v) * d1, z, gz, aty, weight, r)).items()}
+    return found | {6 + len(streams): ((stream.abs() + out.abs()) * d1 / steep).square().sum().sqrt()}
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
@@ -58,9 +81,21 @@ def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
         assert_parity(name, implementation, given, scales(name, given))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("r", [2, 4])
 @pytest.mark.parametrize("name", OPS)
-def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str) -> None:
-    outputs = run(name, "triton", arguments(name, torch.empty(0, 12, 2, 2, device=device), 2))
+def test_parity_in_channels_last_which_is_kept(device: str, name: str, r: int, implementation: str) -> None:
+    h = draw(1, 3 * r * r, 3, 7, dtype=torch.float32, device=device, layout="channels_last")
+    given = arguments(name, h, r)
+    assert_parity(name, implementation, given, scales(name, given))
+    features = [t for t in run(name, implementation, given) if t.shape == h.shape]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in features)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str, implementation: str) -> None:
+    outputs = run(name, implementation, arguments(name, torch.empty(0, 12, 2, 2, device=device), 2))
     assert all(t.shape[0] == 0 or not t.any() for t in outputs)
 
 
@@ -69,6 +104,17 @@ def test_operators_obey_opcheck(device: str, name: str) -> None:
     h = draw(2, 12, 2, 3, dtype=torch.float32, device=device, layout="channels_last")
     with ops.use("triton"):
         torch.library.opcheck(registry.OPS[name].overload, arguments(name, h, 2))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_uncoupling_in_place_gives_the_bits_of_uncoupling(device: str, layout: str) -> None:
+    y1, *rest = arguments("inject_uncouple", draw(2, 12, 5, 6, dtype=torch.float32, device=device, layout="channels_last"), 2)
+    y1 = draw(2, 12, 5, 6, dtype=torch.float32, device=device, layout=layout)
+    for implementation in ("reference", "triton"):
+        x2, *gradients = run("inject_uncouple", implementation, (y1, *rest))
+        over = torch.cat([y1, y1], -1)[..., : y1.shape[-1]].copy_(y1) if layout == "strided" else y1.clone()
+        found = run("inject_uncouple_", implementation, (over, *rest))
+        assert all(torch.equal(a, b) for a, b in zip((over, *found), (x2, *gradients), strict=True))
 
 
 def test_cost_counts_the_features_once_each_way() -> None:

@@ -57,16 +57,10 @@ def test_the_interpreter_is_never_chosen_unasked() -> None:
     assert done.stdout.strip() == expected, done.stderr
 
 
-WITHOUT_KERNELS = {
-    *("layer_norm", "layer_norm_backward", "pack_bits", "unpack_bits", "to_fixed", "from_fixed"),
-    *("fixed_add", "fixed_couple", "fixed_decouple", "fixed_uncouple"),
-}
-
-
-def test_every_other_op_has_kernels() -> None:
+def test_every_op_has_kernels() -> None:
     code = (
         "from idm_fast.ops import registry; registry.load_triton()\n"
-        "print(*sorted(name for name, op in registry.OPS.items() if 'triton' not in op.implementations))"
+        "print(sorted(name for name, op in registry.OPS.items() if 'triton' not in op.implementations))"
     )
     done = run_python(code, TRITON_INTERPRET="1")
-    assert set(done.stdout.split()) == WITHOUT_KERNELS, done.stderr
+    assert done.stdout.strip() == "[]", done.stderr

@@ -73,9 +73,10 @@ def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
     assert_parity(name, "triton", given, scales(name, given))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("name", OPS)
-def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str) -> None:
-    outputs = run(name, "triton", arguments(name, (0, 4, 4, 8, 3), torch.float32, device))
+def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: str, implementation: str) -> None:
+    outputs = run(name, implementation, arguments(name, (0, 4, 4, 8, 3), torch.float32, device))
     assert all(t.shape[0] == 0 or not t.any() for t in outputs)
 
 

@@ -96,6 +96,13 @@ def test_schedules_cost_at_most_what_design_says(
 
 
 @pytest.mark.slow
+def test_plain_autograd_on_the_ops_launches_less_than_half_of_what_the_published_network_launches(
+    setting_s: dict[str, StepCount],
+) -> None:
+    assert setting_s["store"].launches < 9359 / 2
+
+
+@pytest.mark.slow
 def test_no_part_of_the_unet_is_walked_twice_in_backward(setting_s: dict[str, StepCount]) -> None:
     """Every convolution and attention is differentiated once a step, and run at most twice, or thrice where steps are."""
     calls = {schedule: Counter(count.calls) for schedule, count in setting_s.items()}

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from idm_fast import IDM, BlockCompressedSensing
 from idm_fast.cli import main
-from idm_fast.memory.count import GIB, count_step
-from idm_fast.memory.planner import KINDS, LEANEST, Plan, Planner, compose, parse_bytes
+from idm_fast.memory import planner as planner_module
+from idm_fast.memory.count import GIB, StepCount, count_step, count_training_step
+from idm_fast.memory.planner import AGAIN, KINDS, LEANEST, Choice, Plan, Planner, compose, options_of, parse_bytes, written
 from idm_fast.memory.schedule import STORED_STEP
 from idm_fast.outputs import InputError
 
 OPTIONS = {"widths": (16, 32), "heads": 2, "norm_groups": 4, "attention": (False, True)}
 BATCH, SIZE, STEPS = 4, 64, 2
+TINY = ["plan", "--model", "tiny", "--batch", "1", "--size", "32", "--steps", "1", "--mixed_precision", "no"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_step_counted_once() -> Iterator[None]:
+    """A count takes about a second, and these tests want many of them twice."""
+    counts: dict[Any, StepCount] = {}
+
+    def count(make_model: Callable[[], IDM], batch: int, size: int | tuple[int, int], *setting: Any) -> StepCount:
+        with torch.device("meta"):
+            model = make_model()
+        sides = size if isinstance(size, tuple) else (size, size)
+        key = (str(options_of(model)), model.plan, batch, sides, setting)
+        if key not in counts:
+            counts[key] = count_training_step(make_model, batch, size, *setting)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner_module, "count_training_step", count)
+        yield
 
 
 def narrow(steps: int = STEPS, **options) -> IDM:
@@ -47,14 +70,26 @@ def test_sizes_are_read_as_people_write_them() -> None:
             parse_bytes(wrong)
 
 
-def test_composed_peaks_and_flop_are_those_of_the_whole_within_2_percent(planner: Planner) -> None:
-    """What is left is a few images, single numbers, and whatever a step's gradients overlap with."""
+def composed(planner: Planner, *names: str) -> tuple[Choice, StepCount]:
+    """A choice of kinds of steps by their names, and its exact count."""
     costs, shared = planner.costs()
     kinds = {cost.name: cost for cost in costs}
-    choice = compose([kinds[name] for name in ("run again, then inverted, attention kept", "low resolution stored")], shared)
-    exact = planner.exactly(choice.schedule)
+    choice = compose([kinds[name] for name in names], shared)
+    return choice, planner.exactly(choice.schedule)
+
+
+def test_composed_peaks_and_flop_are_those_of_the_whole_within_2_percent(planner: Planner) -> None:
+    """What is left is a few images, single numbers, and whatever a step's gradients overlap with."""
+    choice, exact = composed(planner, AGAIN + "inverted, attention kept", "low resolution stored")
     assert choice.peak_bytes == pytest.approx(exact.peak_bytes, rel=0.02)
     assert choice.flop == pytest.approx(exact.flop, rel=0.002)
+
+
+def test_composed_launches_are_off_by_the_same_number_for_every_schedule(planner: Planner, middle: Plan) -> None:
+    """So that they order schedules of as many steps rightly, which is all that they are for."""
+    choice, exact = composed(planner, AGAIN + "inverted, attention kept", "low resolution stored")
+    assert choice.schedule != middle.schedule
+    assert exact.launches - choice.launches == middle.count.launches - middle.choice.launches != 0
 
 
 def test_front_trades_memory_for_flop(planner: Planner) -> None:
@@ -116,25 +151,45 @@ def test_mixed_plan_gives_the_gradients_of_plain_autograd() -> None:
             torch.testing.assert_close(mixed, stored, rtol=1e-9, atol=1e-9)
 
 
-def test_largest_batch_fits_and_one_more_does_not() -> None:
-    def peak(batch: int) -> int:
-        planner = Planner(IDM.tiny, batch, 32, autocast=None)
-        return planner.exactly(planner.leanest(1)).peak_bytes
+def leanest_peak(batch: int = 1, size: int = 32, steps: int = 1) -> int:
+    planner = Planner(IDM.tiny, batch, size, autocast=None)
+    return planner.exactly(planner.leanest(steps)).peak_bytes
 
-    budget = peak(5) + 1
-    assert Planner(IDM.tiny, 1, 32, autocast=None).largest("batch", 1, budget) == 5
-    assert peak(6) > budget
+
+@pytest.mark.parametrize(("what", "largest", "before"), [("batch", 3, 2), ("size", 96, 64), ("steps", 5, 4)])
+def test_command_names_the_largest_that_fits(what: str, largest: int, before: int, capsys) -> None:
+    """To the byte; for T, which is extrapolated from 2 and 3, too."""
+    budget = leanest_peak(**{what: largest})
+    for amount, answer in ((budget, largest), (budget - 1, before)):
+        assert main([*TINY, "--budget", f"{amount}B", "--largest", what]) == 0
+        assert f"largest {what} that fits: {answer}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["batch", "size", "steps"])
+def test_nothing_is_the_largest_where_one_does_not_fit(what: str, capsys) -> None:
+    assert main([*TINY, "--budget", f"{leanest_peak() - 1}B", "--largest", what]) == 2
+    assert f"at least {written(leanest_peak())}" in capsys.readouterr().err
 
 
 def test_command_prints_the_choices_and_draws_them(tmp_path, capsys) -> None:
     picture = tmp_path / "plan.png"
-    tiny = ["plan", "--model", "tiny", "--batch", "1", "--size", "32", "--steps", "1"]
-    assert main([*tiny, "--budget", "1GiB", "--plot", str(picture)]) == 0
+    assert main([*TINY, "--budget", "1GiB", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^>\* .* 1× \(stored\)$", printed, re.MULTILINE) and "Adam" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main([*tiny, "--budget", "12 parsecs"]) == 2
+    assert main([*TINY, "--budget", "12 parsecs"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_card_is_a_budget_and_four_float32_numbers_a_parameter(capsys) -> None:
+    state = 4 * 4 * sum(p.numel() for p in IDM.tiny(1).parameters())
+    printed = []
+    for amount in (["--budget", "1MiB"], ["--card", f"{state + 2**20}B"]):
+        assert main([*TINY, *amount]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "budget 1.000MiB" in printed[0]
+    assert main([*TINY, "--card", f"{state}B"]) == 2
+    assert f"Adam states alone take {written(state)}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

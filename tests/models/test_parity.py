@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from idm_fast import IDM, BlockCompressedSensing, ReversibleSequence
+from idm_fast import IDM, BlockCompressedSensing, ReversibleSequence, ops
 from idm_fast.models.convert import published_names
 
 HERE = Path(__file__).parent
@@ -46,26 +46,28 @@ def published(data: dict[str, np.ndarray]) -> IDM:
     return model
 
 
-def step(model: IDM, data: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def step(
+    model: IDM, data: dict[str, np.ndarray], dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, tuple[float, float]]:
     """Relative error by quantity, against the stored ones: a pair (error, error) for out and loss, (norm, dot) by parameter."""
     model.zero_grad()
     physics = BlockCompressedSensing(
         (32, 32), float(data["ratio"]), matrix=torch.from_numpy(data["Phi"]), permutation=torch.from_numpy(data["perm"])
-    ).to(dtype)
-    x = torch.from_numpy(data["x"]).to(dtype)
+    ).to(device, dtype)
+    x = torch.from_numpy(data["x"]).to(device, dtype)
     y = physics.A(x)
-    torch.testing.assert_close(y.double(), torch.from_numpy(data["y"]), rtol=0, atol=torch.finfo(dtype).eps * 100)
+    torch.testing.assert_close(y.double().cpu(), torch.from_numpy(data["y"]), rtol=0, atol=torch.finfo(dtype).eps * 100)
     out = model(y, physics)
     loss = (out - x).abs().mean()
     loss.backward()
     expected = torch.from_numpy(data["out"])
     errors = {
-        "out": (((out.detach().double() - expected).norm() / expected.norm()).item(),) * 2,
+        "out": (((out.detach().double().cpu() - expected).norm() / expected.norm()).item(),) * 2,
         "loss": (abs(loss.item() / data["loss"].item() - 1),) * 2,
     }
     index = {name: i for i, name in enumerate(data["names"])}
     for name, (first, *_) in published_names(model).items():
-        gradient = model.get_parameter(name).grad.double().flatten()
+        gradient = model.get_parameter(name).grad.double().flatten().cpu()
         norm, dot = data["grad_norm"][index[first]], data["grad_dot"][index[first]]
         found = (gradient @ published_rule.probe(first, gradient.numel())).item()
         errors[first] = (abs(gradient.norm().item() / norm - 1), abs(found - dot) / norm)
@@ -101,6 +103,21 @@ def test_float32_output_agrees_to_1e_4_and_every_gradient_to_1e_3_of_its_norm(
     published.float().set_schedule(schedule)
     errors = step(published, data, torch.float32)
     published.double()
+    assert errors["out"][0] <= 1e-4
+    assert worst(errors) <= (1e-3, "")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["store", "two_level", "flat"])
+def test_kernels_agree_in_float32_at_full_width(
+    published: IDM, data: dict[str, np.ndarray], schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 convolutions are to be that
+    published.float().cuda().set_schedule(schedule)
+    with ops.use("triton"):
+        errors = step(published, data, torch.float32, "cuda")
+    published.cpu().double()
     assert errors["out"][0] <= 1e-4
     assert worst(errors) <= (1e-3, "")
 

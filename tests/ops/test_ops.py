@@ -16,7 +16,7 @@ from idm_fast.ops.coupling import couple_op, decouple_op
 from idm_fast.ops.feed_forward import chunked_feed_forward
 from idm_fast.ops.geglu import geglu_op
 from idm_fast.ops.group_norm import group_norm_silu_op
-from idm_fast.ops.injector import inject_read_op, inject_write_op
+from idm_fast.ops.injector import inject_couple_op, inject_read_op, inject_write_op
 from idm_fast.ops.layer_norm import layer_norm_op
 from idm_fast.ops.projection import adjoint_op, gram_op, measure_op, project_step_op
 
@@ -56,7 +56,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
     matrix, permutation = operator()
     y = draw(B, H * W // N, q)
     h, image = draw(B, 8, H // 2, W // 2), draw(B, 1, H, W, seed=3)
-    read, write = draw(1, 2, 1, 1), draw(2, 3, 1, 1)
+    x2, read, write = draw(B, 8, H // 2, W // 2, seed=6), draw(1, 2, 1, 1), draw(2, 3, 1, 1)
     stream, body = draw(2, 3, 5), draw(2, 3, 5, seed=1)
     norm = (draw(2, 6, 5, 3), draw(6), draw(6, seed=1), 3, 1e-5)
     return {
@@ -67,6 +67,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "group_norm_silu": (lambda *a: group_norm_silu_op(*a)[0], (*norm, True, torch.float64)),
         "inject_read": (inject_read_op, (h, read, draw(1), 2)),
         "inject_write": (inject_write_op, (h, x, image, draw(B, 1, H, W, seed=5), write, draw(2), 2)),
+        "inject_couple": (inject_couple_op, (h, x, image, draw(B, 1, H, W, seed=5), write, draw(2), x2, scalar(0.4), 2)),
         "layer_norm": (lambda *a: layer_norm_op(*a)[0], (draw(2, 3, 6), draw(6), draw(6, seed=1), 1e-5, torch.float64)),
         "measure": (measure_op, (x, matrix, permutation)),
         "adjoint": (adjoint_op, (y, matrix, permutation, H, W)),
@@ -78,6 +79,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
 def backward_cases() -> dict[str, tuple]:
     matrix, permutation = operator()
     x, y, h = draw(B, 1, H, W), draw(B, H * W // N, q), draw(B, 8, H // 2, W // 2)
+    x2 = draw(B, 8, H // 2, W // 2, seed=4)
     x_norm, statistics = draw(2, 6, 5, 3), (draw(2, 3), draw(2, 3, seed=1))
     return {
         "couple_backward": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
@@ -85,8 +87,11 @@ def backward_cases() -> dict[str, tuple]:
         "uncouple_": (draw(2, 3), draw(2, 3, seed=1), draw(2, 3, seed=2), scalar(0.4)),
         "geglu_backward": (draw(3, 5), draw(3, 10)),
         "group_norm_silu_backward": (draw(2, 6, 5, 3, seed=4), x_norm, draw(6), draw(6, seed=1), *statistics, 3, True),
-        "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2),
+        "inject_read_backward": (x, h, draw(1, 2, 1, 1), 2, draw(B, 8, H // 2, W // 2, seed=4)),
         "inject_write_backward": (h, x, x, x, draw(2, 3, 1, 1), 2),
+        "inject_couple_backward": (h, h, x, x, x, draw(2, 3, 1, 1), draw(2), h, scalar(0.4), 2),
+        "inject_uncouple": (h, h, h, x, x, x, draw(2, 3, 1, 1), draw(2), scalar(0.4), 2),
+        "inject_uncouple_": (x2, h, h, x, x, x, draw(2, 3, 1, 1), draw(2), scalar(0.4), 2),
         "layer_norm_backward": (
             draw(2, 3, 6, seed=4), draw(2, 3, 6), draw(6), draw(6, seed=1), draw(2, 3, 1), draw(2, 3, 1, seed=1)
         ),

@@ -10,12 +10,59 @@ import pytest
 import torch
 
 from idm_fast import ops
-from idm_fast.ops import registry
+from idm_fast.ops import native, registry
 
 
-def test_choosing_what_is_not_there_says_why() -> None:
-    with pytest.raises(RuntimeError, match="'cpu' cannot be used: .*no C\\+\\+ extension"):
-        ops.use("cpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_choosing_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_cuda", lambda: "no nvcc was found")
+    with pytest.raises(RuntimeError, match="'cuda' cannot be used: no nvcc was found"):
+        ops.use("cuda")
+    assert registry.current_choice() is None
+
+
+def test_a_missing_implementation_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native, "load_cpu", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(registry, "_logged", set())
+    for name in ("couple", "geglu"):
+        monkeypatch.delitem(registry.OPS[name].implementations, "cpu", raising=False)
+    h = torch.zeros(2, 4)
+    with ops.use("reference"):
+        ops.geglu(h)
+    assert not caplog.records, "what was chosen explicitly is not missing anything"
+    ops.geglu(h)
+    ops.geglu(h)
+    ops.couple(h, h, torch.ones(1))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name.startswith("idm_fast")
+    assert "geglu" in record.getMessage() and "'cpu'" in record.getMessage() and "no C++ compiler" in record.getMessage()
+
+
+def test_an_op_without_a_kernel_in_an_extension_that_is_there_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "load_cpu", lambda: None)
+    monkeypatch.setattr(registry, "_logged", set())
+    monkeypatch.delitem(registry.OPS["geglu"].implementations, "cpu", raising=False)
+    ops.geglu(torch.zeros(2, 4))
+    assert not caplog.records
+
+
+def test_what_was_measured_slower_runs_on_explicit_choice_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.OPS["geglu"]
+    monkeypatch.setitem(op.implementations, "cpu", (lambda h: torch.full_like(h[..., ::2], 7.0), ("cpu",)))
+    monkeypatch.setattr(registry, "MEASURED_SLOWER", {("cpu", "geglu")})
+    h = torch.zeros(2, 4)
+    assert (ops.geglu(h) == 0).all()
+    with ops.use("cpu"):
+        assert (ops.geglu(h) == 7).all()
+
+
+def test_an_explicit_choice_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.OPS["geglu"].implementations, "cuda", (lambda h: h, ("cuda",)))
+    monkeypatch.setattr(native, "load_cuda", lambda: None)
+    with ops.use("cuda"), pytest.raises(RuntimeError, match="'cuda' implementation of idm_fast::geglu serves .* on 'cpu'"):
+        ops.geglu(torch.zeros(2, 4))
     assert registry.current_choice() is None
 
 
@@ -36,6 +83,7 @@ def test_use_is_a_context_manager_that_puts_the_choice_back() -> None:
 def test_an_added_implementation_is_taken_automatically_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     op = registry.OPS["geglu"]
     monkeypatch.setitem(op.implementations, "cpu", (lambda h: torch.full_like(h[..., ::2], 7.0), ("cpu",)))
+    monkeypatch.delitem(registry.OPS["couple"].implementations, "cpu", raising=False)
     h = torch.zeros(2, 4)
     assert (ops.geglu(h) == 7).all()
     with ops.use("reference"):

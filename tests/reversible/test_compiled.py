@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from idm_fast import IDM, BlockCompressedSensing, ReversibleSequence, WiredSequence
 from idm_fast.memory.count import AllocationCounter
-from idm_fast.memory.schedule import schedule_for
+from idm_fast.reversible import kept
 
 SHAPE = (2, 6, 5, 4)
 
@@ -332,6 +332,29 @@ def test_graph_of_a_chain_that_stores_holds_the_inside_of_its_bodies() -> None:
     assert measured(2, "convex", "store").held >= 2 * 4 * STREAM  # the wide middles alone
 
 
+class Attending(nn.Module):
+    """Self-attention whose result is kept, or is not."""
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.project(x)
+        attend = F.scaled_dot_product_attention
+        return x + (kept(attend, q, q, q) if self.keep else attend(q, q, q))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_attention_inside_kept_does_not_run_again(keep: bool) -> None:
+    torch.manual_seed(0)
+    net, (x1, x2) = ReversibleSequence([Attending(keep), Attending(keep)]).double(), tensors()
+    graphs = Graphs(net)
+    compare(net, lambda f: f(x1, x2)[0].square().sum(), [x1, x2], backend=graphs.backend)
+    assert graphs.targets.count("aten._scaled_dot_product_flash_attention_for_cpu.default") == (0 if keep else 2)
+
+
 def test_graph_that_keeps_leaves_the_streams_of_every_layer() -> None:
     assert measured(3, "convex", "keep").held == (3 + 2) * STREAM
 
@@ -375,14 +398,28 @@ def test_idm_reconstructs_without_a_graph_break() -> None:
 
 
 @pytest.mark.slow
-def test_idm_trains_with_its_unet_compiled() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "keep", "attention"),
+    [("store", None, False), ("flat", None, False), ("two_level", None, False), ("flat", ["attention"], True)],
+)
+def test_idm_trains_without_a_graph_break(schedule: str, keep: list[str] | None, attention: bool) -> None:
     torch.manual_seed(0)
-    physics = BlockCompressedSensing((16, 16), ratio=0.25, block_size=8)
-    unet = IDM.tiny(steps=1, widths=(16, 16), attention=(True, True), stream_dtype="float64").unet.double()
-    inverted, stored = (schedule_for(name, None, 1)[0] for name in ("flat", "store"))
-    aty = physics.A_adjoint(physics.A(torch.rand(1, 1, 16, 16))).double()
-    physics.double()
-    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    expected = torch.autograd.grad(unet(x, aty, physics, 1, stored).square().sum(), list(unet.parameters()))
-    found = torch.autograd.grad(compiled(unet)(x, aty, physics, 1, inverted).square().sum(), list(unet.parameters()))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    physics = BlockCompressedSensing((32, 32), ratio=0.25, block_size=8).double()
+    model = IDM.tiny(steps=1 if attention else 2, widths=(16, 16), attention=(False, attention)).double()
+    x = torch.rand(1, 1, 32, 32, dtype=torch.float64)
+    y = physics.A(x).requires_grad_()
+
+    def gradients(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        loss = (function(y, physics) - x).abs().mean()
+        return (loss, *torch.autograd.grad(loss, [y, *model.parameters()], allow_unused=True))
+
+    model.set_schedule("store")
+    expected = gradients(model)
+    model.set_schedule(schedule, keep)
+    torch.testing.assert_close(gradients(compiled(model)), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_operator_that_a_graph_cannot_take_is_refused_with_the_remedy() -> None:
+    net, (x1, x2) = ReversibleSequence([Measured()]).double(), tensors()
+    with pytest.raises(Exception, match="make its class an nn.Module"):
+        compiled(net)(x1, x2, object(), 2)

@@ -251,6 +251,14 @@ def test_inverse_of_a_pass_through_several_chains_gives_the_first_input() -> Non
     torch.testing.assert_close(z, (x1, x2), rtol=1e-10, atol=1e-10)
 
 
+def test_inverse_moves_no_batch_norm_statistics() -> None:
+    net = chain(lambda: nn.BatchNorm2d(6))
+    y1, y2 = net(*streams())
+    before = copy.deepcopy(net.state_dict())
+    net.inverse(y1.detach(), y2.detach())
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
 def test_inverse_of_bodies_that_draw_afresh_is_not_the_input() -> None:
     net, (x1, x2) = chain(lambda: nn.Dropout(0.5)), streams()
     with torch.no_grad():

@@ -333,3 +333,11 @@ def test_unknown_option_leaves_the_model_alone() -> None:
     with pytest.raises(ValueError, match="cannot be inverted"):
         make_reversible(model, image(), stream_dtype=torch.bfloat16)
     assert type(model) is nn.Sequential
+
+
+def test_converted_model_runs_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    model, x = make_reversible(nn.Sequential(Block(), Block()), torch.randn(2, 4, 6, 6)).eval(), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x.clone()), expected)

@@ -86,6 +86,30 @@ def test_kept_twice_backward_with_retained_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, x1), first, rtol=0, atol=0)
 
 
+class Modulated(nn.Module):
+    """`kept` of a side input and of the stream itself, which may lie in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, side: Tensor) -> Tensor:
+        return x + self.linear(kept(lambda a, b: b.transpose(1, 2).sin().transpose(1, 2) * a * b, side, x))
+
+
+@pytest.mark.parametrize("recovery", ["invert", "keep"])
+def test_kept_of_a_stream_that_is_part_of_a_larger_tensor(recovery: str) -> None:
+    """The recovered stream lies in memory of its own, in another layout."""
+    torch.manual_seed(0)
+    net = ReversibleSequence([Modulated(), Modulated()]).double()
+    whole = torch.randn(3, 12, 4, dtype=torch.float64).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    found = []
+    for net.recovery in (recovery, "store"):
+        x1, side, x2 = whole.chunk(3, dim=1)
+        found.append(gradients(net, net(x1, x2, side)[0].sin().sum(), whole))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
 def test_kept_result_changed_in_place_is_named() -> None:
     class Careless(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""Tables and plots of a run, from its JSON files alone: a Markdown file and PNGs a case, and `report.html` with all of it.
+
+`python -m benchmarks report DIR` draws them again. The page needs no network: pictures are inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.case import Cell, Plot, Result, Table
+
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f", "#337ea9")
+BASELINE_COLOUR = "#37352f"
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 0.6rem 0 0.3rem; font-size: 13.5px; font-variant-numeric: tabular-nums }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #d8dee4; text-align: right }
+th:first-child, td:first-child { text-align: left }
+th { border-bottom: 2px solid #8c959f }
+img { max-width: 100%; margin: 0.6rem 0 }
+.question { font-size: 17px } .note { color: #57606a; font-size: 13.5px } .failure { color: #b35900 }
+dl { display: grid; grid-template-columns: max-content auto; gap: 0 1rem; font-size: 13.5px } dd { margin: 0 }
+"""
+
+
+def show(value: Cell) -> str:
+    """A number with three digits that count, thousands apart; text as it is."""
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
+        return f"{value:,.{digits}f}"
+    return f"{value:.2e}"
+
+
+def as_markdown(table: Table) -> str:
+    """The table under its title."""
+    lines = [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(map(show, row)) + " |" for row in table.rows]
+    return "\n".join([*lines, *(["", table.note] if table.note else [])])
+
+
+def draw(plot: Plot, path: Path) -> None:
+    """Write the plot as a PNG. ImportError without matplotlib (pip install idm-fast[bench])."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), dpi=110)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    colours = iter(COLOURS * (1 + len(plot.lines) // len(COLOURS)))
+    groups: list[Cell] = list(dict.fromkeys(x for points in plot.lines.values() for x, _ in points))
+    width = 0.8 / max(len(plot.lines), 1)
+    for k, (name, points) in enumerate(plot.lines.items()):
+        base = name == plot.baseline
+        label = f"{name} (baseline)" if base else name
+        colour = BASELINE_COLOUR if base else next(colours)
+        if plot.bars:
+            places = [groups.index(x) + (k - (len(plot.lines) - 1) / 2) * width for x, _ in points]
+            bars = axes.bar(places, [y for _, y in points], 0.92 * width, label=label, color=colour)
+            axes.bar_label(bars, [f"{y:.3g}" for _, y in points], fontsize=7.5, padding=1)
+        else:
+            style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": "--" if base else "-"}
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    if plot.bars:
+        axes.set_xticks(range(len(groups)), [str(group) for group in groups])
+    if plot.log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    if plot.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    elif not plot.bars or all(y >= 0 for points in plot.lines.values() for _, y in points):
+        axes.set_ylim(bottom=0)
+    axes.set_title(plot.title, loc="left", fontsize=11, wrap=True)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    if len(plot.lines) > 1:
+        axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def write_case(folder: Path, data: dict[str, Any]) -> None:
+    """Markdown and PNGs of one case's JSON."""
+    result, name = Result.from_json(data["result"]), data["case"]
+    pictures = _draw_all(folder, name, result)
+    lines = [f"# {name}", "", data["question"], "", machine_line(data["machine"]) + (", `--quick`" if data["quick"] else "")]
+    for table in result.tables:
+        lines += ["", as_markdown(table)]
+    for plot, picture in zip(result.plots, pictures, strict=False):
+        lines += ["", f"![{plot.title}]({picture.name})"]
+    lines += [line for note in result.notes for line in ("", note)]
+    lines += [line for failure in result.failures for line in ("", f"Did not work: {failure}")]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _draw_all(folder: Path, name: str, result: Result) -> list[Path]:
+    pictures = [folder / (f"{name}.png" if len(result.plots) == 1 else f"{name}_{k}.png") for k in range(len(result.plots))]
+    try:
+        for plot, picture in zip(result.plots, pictures, strict=True):
+            draw(plot, picture)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'idm-fast[bench]'")
+        return []
+    return pictures
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """One line: device, threads or compute capability, versions, commit."""
+    parts = [machine["device_name"]]
+    if machine["device"] == "cuda":
+        parts.append(f"driver {machine['driver']}, CUDA {machine['cuda']}")
+    else:
+        parts.append(f"{machine['threads']} of {machine['cores']} cores")
+    parts.append(f"torch {machine['torch']}, Triton {machine['triton']}, Python {machine['python']}")
+    return ", ".join([*parts, f"commit {machine['commit']}"])
+
+
+def write_page(folder: Path) -> Path:
+    """`report.html` from every JSON of the folder, in the order of the cases."""
+    from benchmarks.cases import ORDER
+
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found.sort(key=lambda data: ORDER.index(data["case"]) if data["case"] in ORDER else len(ORDER))
+    machine = found[0]["machine"] if found else {}
+    parts = ["<h1>idm-fast: benchmark report</h1>", "<dl>"]
+    parts += [f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>" for key, value in machine.items()]
+    entries = [f'<li><a href="#{d["case"]}">{d["case"]}</a>: {html.escape(d["question"])}</li>' for d in found]
+    parts += ["</dl><ul>", *entries, "</ul>"]
+    for data in found:
+        parts += _section(folder, data)
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>idm-fast benchmarks</title><style>{STYLE}</style>'
+    path = folder / "report.html"
+    path.write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    return path
+
+
+def _section(folder: Path, data: dict[str, Any]) -> list[str]:
+    result, name = Result.from_json(data["result"]), data["case"]
+    how = f"{data['seconds']:.0f} s{', quick' if data['quick'] else ''}"
+    parts = [f'<h2 id="{name}">{name}</h2><p class="question">{html.escape(data["question"])}</p><p class="note">{how}</p>']
+    parts += [f'<p class="failure">Did not work: {html.escape(failure)}</p>' for failure in result.failures]
+    for k, plot in enumerate(result.plots):
+        picture = folder / (f"{name}.png" if len(result.plots) == 1 else f"{name}_{k}.png")
+        if picture.is_file():
+            content = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{content}">')
+    for table in result.tables:
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(show(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
+        parts.append(f"<h3>{html.escape(table.title)}</h3><table><tr>{head}</tr>{rows}</table>")
+        parts += [f'<p class="note">{html.escape(table.note)}</p>'] if table.note else []
+    return parts + [f'<p class="note">{html.escape(note)}</p>' for note in result.notes]
