@@ -1,4 +1,5 @@
 // Checks and registration of the injector's CUDA kernels.
+#include <optional>
 #include <tuple>
 
 #include "../cuda/launchers.h"
@@ -86,10 +87,19 @@ Tensor inject_read(Tensor h, Tensor weight, Tensor bias, int64_t r) {
   return z;
 }
 
-std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Tensor weight, int64_t r) {
+std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Tensor weight, int64_t r,
+                                                        std::optional<Tensor> through) {
   OnDevice device("h", h);
   Inputs in = prepare("h", h, weight, 1, 1, r);
   const Tensor dz_read = image("dz", dz, in);
+  Tensor through_read = in.h;  // where there is none, a tensor that nobody reads
+  if (through.has_value()) {
+    check_beside("through", *through, "h", h);
+    check_same_shape("h", h, "through", *through);
+    check_same_dtype("h", h, "through", *through);
+    through_read = in_layout_of(in.h, *through);
+    in.arguments.through = through_read.const_data_ptr();
+  }
   Tensor dh = torch::stable::empty_like(in.h);
   WeightGradients gradients(in, 1);
   in.arguments.z = dz_read.const_data_ptr();
