@@ -283,21 +283,3 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     done = subprocess.run([*command, "-k", "every_dtype_and_size", __file__], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-@pytest.mark.slow
-def test_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    try:
-        library = emulated.build(tmp_path, emulated.SANITIZED)
-    except (emulated.build_script().CannotBuild, RuntimeError) as reason:
-        pytest.skip(str(reason))
-    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    environment = os.environ | {
-        "IDM_FAST_EMULATED": str(library),
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "emulated and not prime", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
