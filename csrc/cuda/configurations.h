@@ -26,7 +26,8 @@ constexpr int TILE_ROWS = 16;
 constexpr int TILE_COLUMNS = 32;
 constexpr int TILE_DEPTH = 32;
 
-// Injector: positions of a block, and channels that are in flight at a time.
+// Injector: a thread has one pixel of an image; sums for the weights take so many pixels a block.
 constexpr int INJECT_THREADS = 128;
+constexpr int64_t INJECT_PIXELS = 4096;
 
 }  // namespace idm::cuda

@@ -43,12 +43,6 @@ __device__ __forceinline__ void add(Moments<S>& first, S x, S inverse_count) {
 }
 
 template <class S>
-__device__ __forceinline__ Moments<S> together(Moments<S> a, S a_count, Moments<S> b, S b_count) {
-  const S count = a_count + b_count, share = count > 0 ? b_count / count : S(0), difference = b.mean - a.mean;
-  return {a.mean + difference * share, a.squares + b.squares + difference * difference * a_count * share};
-}
-
-template <class S>
 struct Parameters {
   const S *weight, *bias, *mean, *rstd;
   bool silu;
@@ -90,8 +84,6 @@ __device__ __forceinline__ void over_plane(const Shape& shape, const Body& body)
 template <class T, class S>
 __global__ void __launch_bounds__(NORM_THREADS) plane_statistics_kernel(const T* x, Shape shape, Moments<S>* partial) {
   constexpr int W = WIDTH<T>;
-  __shared__ Moments<S> of_warp[NORM_THREADS / WARP];
-  __shared__ S counts[NORM_THREADS / WARP];
   Moments<S> mine{};
   S count = 0;
   over_plane<W>(shape, [&](int64_t at, int there, bool packed) {
@@ -100,25 +92,12 @@ __global__ void __launch_bounds__(NORM_THREADS) plane_statistics_kernel(const T*
     for (int i = 0; i < W; ++i)
       if (i < there) add(mine, read<S>(pack.values[i]), S(1) / (count += S(1)));
   });
-#pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) {
-    const Moments<S> other{__shfl_xor_sync(0xffffffffu, mine.mean, step), __shfl_xor_sync(0xffffffffu, mine.squares, step)};
-    const S other_count = __shfl_xor_sync(0xffffffffu, count, step);
-    mine = threadIdx.x & step ? together(other, other_count, mine, count) : together(mine, count, other, other_count);
-    count += other_count;
-  }
-  if (threadIdx.x % WARP == 0) {
-    of_warp[threadIdx.x / WARP] = mine;
-    counts[threadIdx.x / WARP] = count;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < NORM_THREADS / WARP; ++warp) {
-    mine = together(mine, count, of_warp[warp], counts[warp]);
-    count += counts[warp];
-  }
   const int64_t part = blockIdx.x % shape.chunks, plane = blockIdx.x / shape.chunks;
-  partial[(plane / shape.channels * shape.chunks + part) * shape.channels + plane % shape.channels] = mine;
+  // The threads' sums, not their means, are added up: a mean of few numbers is large, and so is what its rounding loses.
+  const S mean = block_sum<NORM_THREADS>(count * mine.mean) / S(shape.positions_of(part)), difference = mine.mean - mean;
+  const S squares = block_sum<NORM_THREADS>(mine.squares + count * difference * difference);
+  if (threadIdx.x == 0)
+    partial[(plane / shape.channels * shape.chunks + part) * shape.channels + plane % shape.channels] = {mean, squares};
 }
 
 template <class T, class O, class S>
@@ -207,7 +186,8 @@ struct Lane {
 
   // How many positions a row of threads has.
   __device__ int64_t positions(const Shape& shape, int of_row) const {
-    return (shape.positions_of(part) - of_row + rows - 1) / rows;
+    const int64_t left = shape.positions_of(part) - of_row;
+    return left <= 0 ? 0 : (left + rows - 1) / rows;
   }
 
   // body(first element in memory, packed) for each of its positions.
@@ -246,13 +226,16 @@ __global__ void __launch_bounds__(NORM_THREADS) last_statistics_kernel(const T* 
 #pragma unroll
   for (int i = 0; i < W; ++i) {
     if (i >= lane.there) continue;
-    S so_far = count;
-    for (int row = 1; row < lane.rows; ++row) {
-      const S of_row = S(lane.positions(shape, row));
-      mine[i] = together(mine[i], so_far, of_thread[i][row * lane.columns + lane.column], of_row);
-      so_far += of_row;
+    double mean = double(count) * double(mine[i].mean), squares = 0;
+    for (int row = 1; row < lane.rows; ++row)
+      mean += double(lane.positions(shape, row)) * double(of_thread[i][row * lane.columns + lane.column].mean);
+    mean /= double(shape.positions_of(lane.part));
+    for (int row = 0; row < lane.rows; ++row) {
+      const Moments<S> of_row = of_thread[i][row * lane.columns + lane.column];
+      const double difference = double(of_row.mean) - mean;
+      squares += double(of_row.squares) + double(lane.positions(shape, row)) * difference * difference;
     }
-    partial[lane.of_part(shape) + i] = mine[i];
+    partial[lane.of_part(shape) + i] = {S(mean), S(squares)};
   }
 }
 

@@ -69,4 +69,36 @@ void gram(const ProjectArguments&, void* stream);
 void project_step(const ProjectArguments&, void* stream);
 void project_step_backward(const ProjectArguments&, void* stream);
 
+// h: `rows` rows of 2·width elements, value and gate; out and dout: rows of `width`; dh like h; all dense, of one dtype.
+struct GegluArguments {
+  Dtype dtype;
+  int64_t rows, width;
+  const void *h, *dout;
+  void *out, *dh;
+};
+
+void geglu(const GegluArguments&, void* stream);           // h → out
+void geglu_backward(const GegluArguments&, void* stream);  // dout, h → dh
+
+// h, through, out (images, planes·r², height, width), or with the channels last where `last`; images z, gz, aty
+// (images, 1, height·r, width·r); all dense, of one dtype; weight, bias, dweight, dbias of the dtype of sums.
+//   inject_read: h, weight (planes), bias (1) → dz            inject_write: h, z, gz, aty, weight (planes, 3), bias → out
+//   inject_read_backward: z (the gradient of the image), h, weight, through (or null: what else comes back to h) → out, dweight, dbias
+//   inject_write_backward: h (the gradient of out), z, gz, aty, weight → dz, dgz, daty, dweight, dbias
+struct InjectArguments {
+  Dtype dtype;
+  int64_t images, planes, height, width;
+  int r;
+  bool last;
+  const void *h, *through, *z, *gz, *aty, *weight, *bias;
+  void *out, *dz, *dgz, *daty, *dweight, *dbias;
+  double* partial;  // of a gradient: inject_partials(…) numbers
+};
+
+int64_t inject_partials(const InjectArguments&);
+void inject_read(const InjectArguments&, void* stream);
+void inject_read_backward(const InjectArguments&, void* stream);
+void inject_write(const InjectArguments&, void* stream);
+void inject_write_backward(const InjectArguments&, void* stream);
+
 }  // namespace idm::cuda

@@ -41,7 +41,7 @@ Inputs prepare(Tensor F, const char* first_name, Tensor first, const char* secon
 }
 
 Tensor couple(Tensor F, Tensor x2, Tensor v) {
-  OnDevice device(F);
+  OnDevice device("F", F);
   Inputs in = prepare(F, "x2", x2, "x2", x2, v);
   Tensor y1 = torch::stable::empty_like(in.first);
   in.arguments.x2 = in.first.const_data_ptr();
@@ -51,7 +51,7 @@ Tensor couple(Tensor F, Tensor x2, Tensor v) {
 }
 
 Tensor decouple(Tensor y1, Tensor F, Tensor v) {
-  OnDevice device(y1);
+  OnDevice device("y1", y1);
   Inputs in = prepare(F, "y1", y1, "y1", y1, v);
   Tensor x2 = torch::stable::empty_like(in.first);
   in.arguments.y1 = in.first.const_data_ptr();
@@ -81,7 +81,7 @@ struct Gradient {
 };
 
 std::tuple<Tensor, Tensor, Tensor> couple_backward(Tensor d1, Tensor F, Tensor x2, Tensor v) {
-  OnDevice device(d1);
+  OnDevice device("d1", d1);
   Inputs in = prepare(F, "x2", x2, "d1", d1, v);
   Gradient gradient(in);
   in.arguments.x2 = in.first.const_data_ptr();
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> uncouple_into(Inputs& in, Tensor& x2, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> uncouple(Tensor y1, Tensor F, Tensor d1, Tensor v) {
-  OnDevice device(y1);
+  OnDevice device("y1", y1);
   Inputs in = prepare(F, "y1", y1, "d1", d1, v);
   Tensor x2 = torch::stable::empty_like(in.first);
   auto [dF, dx2, dv] = uncouple_into(in, x2, F, d1, v, device.stream);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> uncouple(Tensor y1, Tensor F, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor> uncouple_in_place(Tensor y1, Tensor F, Tensor d1, Tensor v) {
-  OnDevice device(y1);
+  OnDevice device("y1", y1);
   Inputs in = prepare(F, "y1", y1, "d1", d1, v);
   auto gradients = uncouple_into(in, in.first, F, d1, v, device.stream);
   if (in.copied) torch::stable::copy_(y1, in.first);

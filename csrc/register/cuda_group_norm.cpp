@@ -13,23 +13,6 @@ struct Inputs {
   cuda::NormArguments arguments;
 };
 
-// Whether x lies densely with its channels last.
-bool channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  bool holds = true;
-  const auto next = [&](int64_t d) {
-    holds = holds && (x.size(d) == 1 || x.stride(d) == expected);
-    expected *= x.size(d);
-  };
-  next(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
-  next(0);
-  return holds;
-}
-
-// `x` as the kernels walk it: as it lies, NCHW or NHWC, or as a contiguous copy.
-Tensor walkable(const Tensor& x) { return x.is_contiguous() || channels_last(x) ? x : torch::stable::contiguous(x); }
-
 Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, bool silu) {
   check_cuda("x", x);
   check_beside("weight", weight, "x", x);
@@ -75,7 +58,7 @@ void set_dtypes(Inputs& in, Dtype out) {
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, bool silu,
                                                    ScalarType dtype) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias, groups, silu);
   cuda::NormArguments& a = in.arguments;
   const Dtype sums = accumulate_of(a.x_dtype);
@@ -94,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean,
                                                             Tensor rstd, int64_t groups, bool silu) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias, groups, silu);
   cuda::NormArguments& a = in.arguments;
   const Dtype sums = accumulate_of(a.x_dtype);

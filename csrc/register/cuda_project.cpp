@@ -58,7 +58,7 @@ void check_measurements(const Tensor& y, const Inputs& in) {
 }
 
 Tensor measure(Tensor x, Tensor matrix, Tensor permutation) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   Inputs in = prepare_image("x", x, matrix, permutation);
   Tensor y = new_measurements(in, x), x_dense = dense(x);
   in.arguments.x = x_dense.const_data_ptr();
@@ -68,7 +68,7 @@ Tensor measure(Tensor x, Tensor matrix, Tensor permutation) {
 }
 
 Tensor adjoint(Tensor y, Tensor matrix, Tensor permutation, int64_t height, int64_t width) {
-  OnDevice device(y);
+  OnDevice device("y", y);
   check(y.dim() == 3, "y is ", shape_of(y), ", expected (B, H·W/N, q)");
   Inputs in = prepare("y", y, matrix, permutation, product_of("height and width", height, width));
   check_measurements(y, in);
@@ -80,7 +80,7 @@ Tensor adjoint(Tensor y, Tensor matrix, Tensor permutation, int64_t height, int6
 }
 
 Tensor gram(Tensor x, Tensor matrix, Tensor permutation) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   Inputs in = prepare_image("x", x, matrix, permutation);
   Tensor out = new_images(x, x.size(0), x.size(2), x.size(3)), x_dense = dense(x);
   Tensor measured = new_measurements(in, x);
@@ -119,7 +119,7 @@ StepInputs prepare_step(const Tensor& x, const Tensor& e, const Tensor& y, const
 }
 
 Tensor project_step(Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutation, Tensor abar_t, Tensor abar_prev) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev);
   Tensor out = new_images(x, x.size(0), x.size(2), x.size(3));
   Tensor residual = new_measurements(step.in, x);
@@ -131,7 +131,7 @@ Tensor project_step(Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutat
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_step_backward(Tensor g, Tensor x, Tensor e, Tensor y, Tensor matrix,
                                                                         Tensor permutation, Tensor abar_t, Tensor abar_prev) {
-  OnDevice device(x);
+  OnDevice device("x", x);
   StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev);
   check_beside("g", g, "x", x);
   check_same_shape("x", x, "g", g);

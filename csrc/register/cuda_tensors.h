@@ -36,22 +36,27 @@ inline void check_beside(const char* name, const Tensor& x, const char* other_na
         other.get_device_index(), " as ", other_name);
 }
 
-// Makes the GPU of `x` the current one while it lives; `stream` is torch's current one there.
+// Makes the GPU of `x`, the argument of that name, the current one while it lives; `stream` is torch's current one there.
 class OnDevice {
- public:
-#if defined(IDM_EMULATED)
-  explicit OnDevice(const Tensor&) : stream(nullptr) {}
-#else
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+#if !defined(IDM_EMULATED)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+
+  static int32_t checked_index(const char* name, const Tensor& x) {
+    check_cuda(name, x);
+    return x.get_device_index();
   }
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
  public:
+  void* stream = nullptr;
+
+#if defined(IDM_EMULATED)
+  OnDevice(const char* name, const Tensor& x) { checked_index(name, x); }
+#else
+  OnDevice(const char* name, const Tensor& x) : guard_(checked_index(name, x)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
 #endif
-  void* stream;
 };
 
 inline ScalarType scalar_type_of(Dtype dtype) {
@@ -88,6 +93,23 @@ inline Tensor in_layout_of(const Tensor& model, const Tensor& x) {
     if (model.size(d) > 1 && like.stride(d) != x.stride(d)) return torch::stable::copy_(like, x);
   return x;
 }
+
+// Whether x lies densely with its channels last.
+inline bool channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  bool holds = true;
+  const auto next = [&](int64_t d) {
+    holds = holds && (x.size(d) == 1 || x.stride(d) == expected);
+    expected *= x.size(d);
+  };
+  next(1);
+  for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
+  next(0);
+  return holds;
+}
+
+// `x` as the kernels walk it: as it lies, NCHW or NHWC, or as a contiguous copy.
+inline Tensor walkable(const Tensor& x) { return x.is_contiguous() || channels_last(x) ? x : torch::stable::contiguous(x); }
 
 // Memory for `count` elements of `dtype` on the device of `model`, from torch's allocator.
 inline Tensor workspace(const Tensor& model, int64_t count, Dtype dtype) {

@@ -44,7 +44,8 @@ def compiled(source: Path) -> list[Resources]:
     """The kernels of one file on every architecture."""
     flags = [flag for arch in ARCHITECTURES for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", *flags, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/kernels.o"]
+        options = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-o", f"{folder}/kernels.o"]
+        command = ["nvcc", *options, *flags, "-c", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{source.name}: {done.stderr}")
@@ -59,10 +60,20 @@ def _resources(source: str, entry: str) -> Resources:
 
 
 def _name(mangled: str) -> str:
-    """The kernel and what it is compiled for, without the file's hash that the compiler puts into a local name."""
+    """The kernel and the types it is compiled for; the arguments of its function follow from them."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"^void ", "", re.sub(r"\((?!anonymous)[^<>]*\)$", "", re.sub(r"\(anonymous namespace\)::|idm::cuda::|idm::", "", plain)))
-    return plain.partition("(")[0] if "<" not in plain else plain[: plain.rindex(">") + 1] if plain.endswith(">") else plain
+    plain = re.sub(r"\(anonymous namespace\)::|idm::cuda::|idm::|^void ", "", plain)
+    return _template(plain)
+
+
+def _template(plain: str) -> str:
+    """`kernel<…>` of `kernel<…>(…)`."""
+    depth = 0
+    for place, letter in enumerate(plain):
+        depth += (letter == "<") - (letter == ">")
+        if letter == ">" and depth == 0:
+            return plain[: place + 1]
+    return plain
 
 
 def measure() -> list[Resources]:

@@ -2,7 +2,7 @@
 
 The same kernels, launchers, checks and registration as in idm_fast/_cuda.so, compiled by the C++ compiler with IDM_EMULATED.
 They serve CPU tensors. `python tests/native/emulated.py FOLDER` builds the library with
-AddressSanitizer and UBSan, which a test does in a process of its own.
+AddressSanitizer and UBSan, for tests with IDM_FAST_EMULATED naming it and libasan.so preloaded.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from typing import Any
 import emulated
 import pytest
 import test_couple as coupling
+import test_geglu as gated
 import test_group_norm_silu as norm
+import test_inject as injector
 import test_project as projection
 import torch
 from parity import LAYOUTS, assert_parity, draw, run
@@ -180,7 +182,8 @@ def test_projection_in_every_layout(device: str, name: str, layout: str) -> None
 
 
 def test_gradients_of_a_step_are_the_same_from_run_to_run(device: str) -> None:
-    assert_same_twice("project_step_backward", projection.arguments("project_step_backward", (3, 8, 16, 64, 7), torch.float32, device))
+    given = projection.arguments("project_step_backward", (3, 8, 16, 64, 7), torch.float32, device)
+    assert_same_twice("project_step_backward", given)
 
 
 @pytest.mark.parametrize("entry", [-1, 48, 2**62, -(2**63)])
@@ -208,6 +211,43 @@ def test_a_projection_refuses_what_does_not_fit(device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             run("measure", "cuda", change)
+
+
+def assert_geglu_both_ways(h: torch.Tensor, dout: torch.Tensor) -> None:
+    assert_parity("geglu", "cuda", (h,))
+    assert_parity("geglu_backward", "cuda", (dout, h))
+
+
+@pytest.mark.parametrize("dtype", gated.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", gated.SHAPES, ids=str)
+def test_geglu_in_every_dtype_and_size(device: str, shape: tuple, dtype: torch.dtype) -> None:
+    h = draw(*shape, dtype=dtype, device=device)
+    assert_geglu_both_ways(h, draw(*shape[:-1], shape[-1] // 2, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_geglu_in_every_layout(device: str, layout: str) -> None:
+    h = draw(3, 4, 5, 16, dtype=torch.float32, device=device, layout=layout)
+    assert_geglu_both_ways(h, draw(3, 4, 5, 8, dtype=torch.float32, device=device, layout=layout))
+
+
+INJECTOR_OPS = ("inject_read", "inject_read_backward", "inject_write", "inject_write_backward")
+
+
+@pytest.mark.parametrize("dtype", injector.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", injector.SHAPES, ids=str)
+@pytest.mark.parametrize("name", INJECTOR_OPS)
+def test_injector_in_every_dtype_and_size(device: str, name: str, shape: tuple, dtype: torch.dtype) -> None:
+    B, c, height, width, r = shape
+    given = injector.arguments(name, draw(B, c * r * r, height, width, dtype=dtype, device=device), r)
+    assert_parity(name, "cuda", given, injector.scales(name, given))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded", "unaligned", "transposed"])
+@pytest.mark.parametrize("name", INJECTOR_OPS)
+def test_injector_in_every_layout(device: str, name: str, layout: str) -> None:
+    given = injector.arguments(name, draw(2, 12, 5, 6, dtype=torch.float16, device=device, layout=layout), 2)
+    assert_parity(name, "cuda", given, injector.scales(name, given))
 
 
 def test_an_op_without_a_kernel_is_refused_by_name(device: str) -> None:
@@ -243,21 +283,3 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     done = subprocess.run([*command, "-k", "every_dtype_and_size", __file__], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-@pytest.mark.slow
-def test_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    try:
-        library = emulated.build(tmp_path, emulated.SANITIZED)
-    except (emulated.build_script().CannotBuild, RuntimeError) as reason:
-        pytest.skip(str(reason))
-    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    environment = os.environ | {
-        "IDM_FAST_EMULATED": str(library),
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "emulated and not prime", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
