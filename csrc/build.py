@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "python")
@@ -330,10 +330,16 @@ def cuda_jobs(toolchain: Toolchain, sources: Path, objects: Path, library: Path)
         compile.cuda(source)
     for source in sorted((sources / "register").glob("cuda_*.cpp")):
         compile.cxx(source, source.stem, *torch, "-DUSE_CUDA")
-    # The CUDA runtime is linked in: which one torch carries then does not matter. nvcc knows where its own lies. torch's
-    # symbols are found when the library is loaded, so that it links beside a CPU build of torch as well.
-    link = [str(toolchain.nvcc), "-shared", "-cudart=static", *_host_compiler(toolchain), "-Xlinker=-s"]
-    return compile.link(library, link)
+    # The CUDA runtime is linked in, unseen by others: which one torch carries then does not matter. torch's own libraries are
+    # only named, by empty ones: so it links beside a CPU build of torch as well, and finds the real ones, loaded before it.
+    host = _host_compiler(toolchain)
+    named = [objects / f"lib{name}.so" for name in ("torch_cpu", "torch_cuda")]
+    empty = [*toolchain.cxx, "-shared", "-nostdlib", "-x", "c++", os.devnull]
+    stubs = [Job(stub, [], [*empty, f"-Wl,-soname,{stub.name}", "-o", str(stub)]) for stub in named]
+    link = [str(toolchain.nvcc), "-shared", "-cudart=static", *host, "-Xlinker=-s,--exclude-libs=ALL"]
+    # The linker drops what gives it no symbol, unless it is told before; nvcc moves a library named otherwise to the front.
+    *compilations, last = compile.link(library, link, *(f"-Xlinker={word}" for word in ("--no-as-needed", *map(str, named))))
+    return [*compilations, *stubs, replace(last, inputs=[*last.inputs, *named])]
 
 
 def _torch_headers(toolchain: Toolchain) -> list[str]:

@@ -24,16 +24,16 @@ inline Tensor number_like(const Tensor& model, double value) {
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
 // Gives `result` the layout that empty_like gives a tensor like `model`, if it lies otherwise.
 inline Tensor laid_out_as(const Tensor& model, Tensor result) {
-  Tensor out = torch::stable::empty_like(model);
+  Tensor out = in_dtype(torch::stable::empty_like(model), result.scalar_type());
   for (int64_t d = 0; d < model.dim(); ++d)
     if (model.size(d) > 1 && out.stride(d) != result.stride(d)) return torch::stable::copy_(out, result);
   return result;
-}
-
-inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
-  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
 inline Tensor in_dtype_of(const Tensor& model, const Tensor& x) { return in_dtype(x, model.scalar_type()); }

@@ -96,7 +96,7 @@ def inject(rng: random.Random, name: str) -> list[Any]:
     if name == "inject_read":
         return [i.h(), i.weight(1, i.c), i.bias(1), i.r]
     if name == "inject_read_backward":
-        return [i.z(), i.h(), i.weight(1, i.c), i.r]
+        return [i.z(), i.h(), i.weight(1, i.c), i.r, rng.choice((None, i.h()))]
     if name == "inject_write":
         return [i.h(), i.z(), i.z(), i.z(), i.weight(i.c, 3), i.bias(i.c), i.r]
     return [i.h(), i.z(), i.z(), i.z(), i.weight(i.c, 3), i.r]
