@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idm_fast import ReversibleSequence, WiredSequence
+from idm_fast import ReversibleSequence, WiredSequence, ops
 from idm_fast.memory.count import AllocationCounter, count_step
 
 SHAPE = (2, 8, 5, 7)
