@@ -46,13 +46,14 @@ struct ProjectArguments {
 // Features (images, channels·r², height, width), images of r times the size; all dense, of one dtype, but for weights, bias and
 // their gradients, which are in the dtype of sums. read: weight (channels,), write: weight (channels, 3).
 //   inject_read: h, weight, bias → z_out
-//   inject_read_backward: z (dz), h, weight → h_out (dh), weight_out, bias_out
+//   inject_read_backward: z (dz), h, weight, through (of h's shape, added to its gradient, or null) → h_out (dh), weight_out,
+//     bias_out
 //   inject_write: h, z, gz, aty, weight, bias → h_out
 //   inject_write_backward: h (dout), z, gz, aty, weight → z_out, gz_out, aty_out, weight_out, bias_out
 struct InjectArguments {
   Dtype dtype;
   int64_t images, channels, height, width, r;
-  const void *h, *z, *gz, *aty, *weight, *bias;
+  const void *h, *z, *gz, *aty, *weight, *bias, *through;
   void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out;
 };
 
