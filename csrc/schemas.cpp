@@ -16,10 +16,18 @@ STABLE_TORCH_LIBRARY(idm_fast_native, m) {
   m.def("project_step_backward(Tensor g, Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutation,"
         " Tensor abar_t, Tensor abar_prev) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("inject_read(Tensor h, Tensor weight, Tensor bias, int r) -> Tensor");
-  m.def("inject_read_backward(Tensor dz, Tensor h, Tensor weight, int r) -> (Tensor, Tensor, Tensor)");
+  m.def("inject_read_backward(Tensor dz, Tensor h, Tensor weight, int r, Tensor? through) -> (Tensor, Tensor, Tensor)");
   m.def("inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, int r) -> Tensor");
   m.def("inject_write_backward(Tensor dout, Tensor z, Tensor gz, Tensor aty, Tensor weight, int r)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int r)"
+        " -> Tensor");
+  m.def("inject_couple_backward(Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2,"
+        " Tensor v, int r) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("inject_uncouple(Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,"
+        " Tensor v, int r) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("inject_uncouple_(Tensor(a!) y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,"
+        " Tensor v, int r) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType dtype)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean,"

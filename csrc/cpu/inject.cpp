@@ -171,7 +171,7 @@ void inject_read_backward(const InjectArguments& a, ParallelFor loop) {
     parallel(loop, features.count(), 1, [&](int64_t index) {
       const Strip<T> strip(features, index);
       const int64_t n = strip.n;
-      Scratch<S> rows(a.r * n), room(2 * n);
+      Scratch<S> rows(a.r * n), room(3 * n);
       double* sums = parts + index * (a.channels + 1);
       for (int64_t c = 0; c <= a.channels; ++c) sums[c] = 0;
       for (int64_t i = 0; i < a.r; ++i) {
@@ -184,6 +184,9 @@ void inject_read_backward(const InjectArguments& a, ParallelFor loop) {
             const S *dz = rows + j * n, *h = read_row<S>(strip.plane(static_cast<const T*>(a.h), c, i, j), n, +room);
             T* out = strip.plane(static_cast<T*>(a.h_out), c, i, j);
             S* dh = row_for<S>(out, room + n);
+            const S* more = nullptr;
+            if (a.through != nullptr)
+              more = read_row<S>(strip.plane(static_cast<const T*>(a.through), c, i, j), n, room + 2 * n);
             const S w = weight[c];
             for (int64_t begin = 0; begin < n; begin += RUN<S>) {
               const int64_t end = begin + RUN<S> < n ? begin + RUN<S> : n, whole = end - (end - begin) % LANES<S>;
@@ -191,11 +194,11 @@ void inject_read_backward(const InjectArguments& a, ParallelFor loop) {
               for (int64_t k = begin; k < whole; k += LANES<S>) {
                 const Vector<S> d = load_vector(dz + k);
                 products += d * load_vector(h + k);
-                store_vector(dh + k, w * d);
+                store_vector(dh + k, more != nullptr ? w * d + load_vector(more + k) : w * d);
               }
               for (int64_t k = whole; k < end; ++k) {
                 products[k - whole] += dz[k] * h[k];
-                dh[k] = w * dz[k];
+                dh[k] = w * dz[k] + (more != nullptr ? more[k] : S(0));
               }
               sums[c] += total<S>(products);
             }

@@ -46,59 +46,70 @@ struct ProjectArguments {
 // Features (images, channels·r², height, width), images of r times the size; all dense, of one dtype, but for weights, bias and
 // their gradients, which are in the dtype of sums. read: weight (channels,), write: weight (channels, 3).
 //   inject_read: h, weight, bias → z_out
-//   inject_read_backward: z (dz), h, weight → h_out (dh), weight_out, bias_out
+//   inject_read_backward: z (dz), h, weight, through (of h's shape, added to its gradient, or null) → h_out (dh), weight_out,
+//     bias_out
 //   inject_write: h, z, gz, aty, weight, bias → h_out
 //   inject_write_backward: h (dout), z, gz, aty, weight → z_out, gz_out, aty_out, weight_out, bias_out
 struct InjectArguments {
   Dtype dtype;
   int64_t images, channels, height, width, r;
-  const void *h, *z, *gz, *aty, *weight, *bias;
+  const void *h, *z, *gz, *aty, *weight, *bias, *through;
   void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out;
 };
 
-// x, out (images, channels, positions), or (images, positions, channels) with `last`; dense. `groups` divides channels. x, out (dx)
-// and dout have dtypes of their own; all others are in the dtype of sums over x.
-//   group_norm_silu: x, weight, bias → out, mean, rstd (images, groups)
-//   group_norm_silu_backward: dout, x, weight, bias, mean, rstd → out (dx), weight_out, bias_out
-//   layer_norm, layer_norm_backward: likewise, over the channels of (images, channels); neither groups nor SiLU
-struct NormArguments {
-  Dtype x_dtype, out_dtype;  // out_dtype: of out forward, of dout backward; dx has x's
-  bool last, silu;
-  int64_t images, channels, positions, groups;
-  double eps;
-  const void *x, *dout, *weight, *bias;
-  void *out, *mean, *rstd, *weight_out, *bias_out;
-};
-
-// Rows of value and gate side by side, `width` elements each; h and its gradient have rows of 2·width.
-//   geglu: h → out                    geglu_backward: dout, h → out (dh)
+// Dense; h (rows, 2·width), value and gate; out and dout (rows, width), out in `dtype` as h is.
+//   geglu: h → out                    geglu_backward: dout, h → out (dh, as h)
 struct GegluArguments {
-  Dtype dtype;
+  Dtype dtype, dout_dtype;
   int64_t rows, width;
   const void *h, *dout;
   void* out;
 };
 
-#define IDM_FOR_EACH_KERNEL(EACH)                 \
-  EACH(couple, CoupleArguments)                   \
-  EACH(decouple, CoupleArguments)                 \
-  EACH(couple_backward, CoupleArguments)          \
-  EACH(uncouple, CoupleArguments)                 \
-  EACH(check_permutation, PermutationArguments)   \
-  EACH(measure, ProjectArguments)                 \
-  EACH(adjoint, ProjectArguments)                 \
-  EACH(gram, ProjectArguments)                    \
-  EACH(project_step, ProjectArguments)            \
-  EACH(project_step_backward, ProjectArguments)   \
-  EACH(inject_read, InjectArguments)              \
-  EACH(inject_read_backward, InjectArguments)     \
-  EACH(inject_write, InjectArguments)             \
-  EACH(inject_write_backward, InjectArguments)    \
-  EACH(group_norm_silu, NormArguments)            \
-  EACH(group_norm_silu_backward, NormArguments)   \
-  EACH(layer_norm, NormArguments)                 \
-  EACH(layer_norm_backward, NormArguments)        \
-  EACH(geglu, GegluArguments)                     \
+// x (images, channels, positions), or (images, positions, channels) where `channels_last`; dense, as are dout and out, which lie
+// as x does. weight, bias, their gradients (channels,), mean and rstd (images, groups): in the dtype of sums over x.
+//   group_norm_silu: x, weight, bias → out, mean_out, rstd_out
+//   group_norm_silu_backward: dout, x, weight, bias, mean, rstd → out (dx), weight_out, bias_out
+struct GroupNormArguments {
+  Dtype dtype, out_dtype, dout_dtype;
+  bool channels_last, silu;
+  int64_t images, channels, groups, positions;
+  double eps;
+  const void *x, *dout, *weight, *bias, *mean, *rstd;
+  void *out, *mean_out, *rstd_out, *weight_out, *bias_out;
+};
+
+// x, dout and out (rows, width), dense; weight, bias, their gradients (width,), mean and rstd (rows,): in the dtype of sums over x.
+//   layer_norm: x, weight, bias → out, mean_out, rstd_out
+//   layer_norm_backward: dout, x, weight, mean, rstd → out (dx), weight_out, bias_out
+struct LayerNormArguments {
+  Dtype dtype, out_dtype, dout_dtype;
+  int64_t rows, width;
+  double eps;
+  const void *x, *dout, *weight, *bias, *mean, *rstd;
+  void *out, *mean_out, *rstd_out, *weight_out, *bias_out;
+};
+
+#define IDM_FOR_EACH_KERNEL(EACH)                    \
+  EACH(couple, CoupleArguments)                      \
+  EACH(decouple, CoupleArguments)                    \
+  EACH(couple_backward, CoupleArguments)             \
+  EACH(uncouple, CoupleArguments)                    \
+  EACH(check_permutation, PermutationArguments)      \
+  EACH(measure, ProjectArguments)                    \
+  EACH(adjoint, ProjectArguments)                    \
+  EACH(gram, ProjectArguments)                       \
+  EACH(project_step, ProjectArguments)               \
+  EACH(project_step_backward, ProjectArguments)      \
+  EACH(inject_read, InjectArguments)                 \
+  EACH(inject_read_backward, InjectArguments)        \
+  EACH(inject_write, InjectArguments)                \
+  EACH(inject_write_backward, InjectArguments)       \
+  EACH(group_norm_silu, GroupNormArguments)          \
+  EACH(group_norm_silu_backward, GroupNormArguments) \
+  EACH(layer_norm, LayerNormArguments)               \
+  EACH(layer_norm_backward, LayerNormArguments)      \
+  EACH(geglu, GegluArguments)                        \
   EACH(geglu_backward, GegluArguments)
 
 struct Launchers {

@@ -7,7 +7,7 @@ namespace idm {
 
 template <class S>
 IDM_INLINE S silu(S u) {
-  return u * sigmoid(u);
+  return u / (S(1) + exponential(-u));
 }
 
 template <class S>

@@ -1,9 +1,11 @@
 // Checks and registration of the injector's CPU kernels.
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/launchers.h"
+#include "cpu_couple.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 
@@ -59,9 +61,18 @@ Tensor inject_read(Tensor h, Tensor weight, Tensor bias, int64_t r) {
   return z;
 }
 
-std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Tensor weight, int64_t r) {
+std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Tensor weight, int64_t r,
+                                                         std::optional<Tensor> through) {
   InjectArguments a = prepare("h", h, weight, r, false);
   check_image("dz", dz, "h", h, a);
+  Tensor more = h;
+  if (through) {
+    check_cpu("through", *through);
+    check_same_shape("h", h, "through", *through);
+    check_same_dtype("h", h, "through", *through);
+    more = dense(*through);
+    a.through = more.const_data_ptr();
+  }
   const Tensor features = dense(h), images = dense(dz), w = accurate(weight, h);
   Tensor dh = new_features(h), dweight = torch::stable::empty_like(w);
   Tensor dbias = torch::stable::new_empty(w, {int64_t{1}});
@@ -120,6 +131,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_write_backward(Tensor 
   return {dz, dgz, daty, laid_out_as(weight, in_dtype_of(weight, dweight)), in_dtype_of(weight, dbias)};
 }
 
+using Coupled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// An injector's inputs in the dtype of sums: its output, which the coupling reads, must not be rounded to 16 bits in between.
+struct Accurate {
+  Tensor h, z, gz, aty;
+
+  Accurate(const Tensor& h, const Tensor& z, const Tensor& gz, const Tensor& aty)
+      : h(in_dtype(h, accurate_dtype(h))),
+        z(in_dtype(z, accurate_dtype(h))),
+        gz(in_dtype(gz, accurate_dtype(h))),
+        aty(in_dtype(aty, accurate_dtype(h))) {}
+
+  Tensor write(const Tensor& weight, const Tensor& bias, int64_t r) const { return inject_write(h, z, gz, aty, weight, bias, r); }
+
+  // What the coupling's gradient, (dF, dx2, dv), becomes behind the injector: dF is that of h, and goes on to the images.
+  Coupled gradients(const std::tuple<Tensor, Tensor, Tensor>& of_coupling, const Tensor& model, const Tensor& weight,
+                    int64_t r) const {
+    const auto& [dF, dx2, dv] = of_coupling;
+    auto [dz, dgz, daty, dweight, dbias] = inject_write_backward(dF, z, gz, aty, weight, r);
+    const auto as = [&](const Tensor& x) { return in_dtype_of(model, x); };
+    return {as(dF), as(dz), as(dgz), as(daty), dweight, dbias, dx2, dv};
+  }
+};
+
+Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int64_t r) {
+  return couple(Accurate(h, z, gz, aty).write(weight, bias, r), x2, v);
+}
+
+Coupled inject_couple_backward(Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2,
+                               Tensor v, int64_t r) {
+  const Accurate in(h, z, gz, aty);
+  return in.gradients(couple_backward(d1, in.write(weight, bias, r), x2, v), h, weight, r);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inject_uncouple(
+    Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor v, int64_t r) {
+  const Accurate in(h, z, gz, aty);
+  auto [x2, dF, dx2, dv] = uncouple(y1, in.write(weight, bias, r), d1, v);
+  return std::tuple_cat(std::tuple<Tensor>(x2), in.gradients({dF, dx2, dv}, h, weight, r));
+}
+
+Coupled inject_uncouple_in_place(Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,
+                                 Tensor v, int64_t r) {
+  const Accurate in(h, z, gz, aty);
+  return in.gradients(uncouple_in_place(y1, in.write(weight, bias, r), d1, v), h, weight, r);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(idm_fast_native, CPU, m) {
@@ -127,6 +185,10 @@ STABLE_TORCH_LIBRARY_IMPL(idm_fast_native, CPU, m) {
   m.impl("inject_read_backward", TORCH_BOX(&inject_read_backward));
   m.impl("inject_write", TORCH_BOX(&inject_write));
   m.impl("inject_write_backward", TORCH_BOX(&inject_write_backward));
+  m.impl("inject_couple", TORCH_BOX(&inject_couple));
+  m.impl("inject_couple_backward", TORCH_BOX(&inject_couple_backward));
+  m.impl("inject_uncouple", TORCH_BOX(&inject_uncouple));
+  m.impl("inject_uncouple_", TORCH_BOX(&inject_uncouple_in_place));
 }
 
 }  // namespace idm::cpu

@@ -1,6 +1,9 @@
 // What the registration of the CPU's kernels does with tensors after they have been checked.
 #pragma once
 
+#include <array>
+#include <optional>
+
 #include "checks.h"
 
 namespace idm::cpu {
@@ -28,9 +31,18 @@ inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
+// torch.empty_like(model, dtype=dtype).
+inline Tensor empty_like(const Tensor& model, ScalarType dtype) {
+  using torch::stable::detail::from;
+  const auto unset = from(std::nullopt);
+  std::array<StableIValue, 6> stack{from(model), from(std::optional<ScalarType>(dtype)), unset, unset, unset, unset};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Gives `result` the layout that empty_like gives a tensor like `model`, if it lies otherwise.
 inline Tensor laid_out_as(const Tensor& model, Tensor result) {
-  Tensor out = in_dtype(torch::stable::empty_like(model), result.scalar_type());
+  Tensor out = empty_like(model, result.scalar_type());
   for (int64_t d = 0; d < model.dim(); ++d)
     if (model.size(d) > 1 && out.stride(d) != result.stride(d)) return torch::stable::copy_(out, result);
   return result;
