@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,11 +77,17 @@ def _run_in_process(case: Case, context: Context, out: Path) -> bool:
     limit = case.seconds[0 if context.quick else 1]
     command = [sys.executable, "-m", "benchmarks", "--device", context.device, "--out", str(out), "--one", case.name]
     started = time.perf_counter()
+    # A session of its own, so that the processes that a case starts end with it.
+    process = subprocess.Popen([*command, *(["--quick"] if context.quick else [])], start_new_session=True)
     try:
-        done = subprocess.run([*command, *(["--quick"] if context.quick else [])], timeout=limit, check=False)
-        reason = None if done.returncode == 0 else f"its process ended with code {done.returncode}"
+        code = process.wait(limit)
+        reason = None if code == 0 else f"its process ended with code {code}"
     except subprocess.TimeoutExpired:
         reason = f"stopped after {limit} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.perf_counter() - started
     if not target.exists():
         _write(case, context, Result(failures=[str(reason)]), seconds, target)

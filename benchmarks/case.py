@@ -103,8 +103,9 @@ class Result:
         """`function()`, or None with the failure written down: one part must not take the others with it."""
         try:
             return function()
-        except (WrongResult, NotHere, RuntimeError, ImportError, OSError, ValueError) as error:
-            self.failures.append(f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or ["no message"])[0]
+            self.failures.append(f"{what}: {type(error).__name__}: {first_line}")
             return None
 
     def as_json(self) -> dict[str, Any]:

@@ -58,6 +58,16 @@ def test_one_part_that_fails_leaves_the_others() -> None:
     assert result.failures == ["store: RuntimeError: no memory"]
 
 
+def test_an_error_without_a_message_is_named() -> None:
+    result = Result()
+
+    def fail() -> None:
+        raise AssertionError
+
+    assert result.attempt("compiled", fail) is None
+    assert result.failures == ["compiled: AssertionError: no message"]
+
+
 def test_a_case_that_raises_leaves_a_file_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(context: Context) -> Result:
         raise ZeroDivisionError("by nothing")

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from idm_fast import IDM
 from idm_fast.memory.count import GIB, AllocationCounter, StepCount, count_step, count_training_step
@@ -53,6 +55,46 @@ def test_saved_activations_are_counted_and_gradients_are_not() -> None:
     # Backward: exp's output and its gradient (h is 0-dim by then), then the gradient of x @ w.
     assert count.peak_bytes <= 3 * 256 * KIB + 64
     assert count.flop == 5 * 2 * 256**3  # two products forward, two for the second backward, one for the first
+
+
+def test_checkpointing_holds_inputs_of_parts_and_one_part_at_a_time() -> None:
+    w = torch.zeros(256, requires_grad=True)  # 1 KiB, as every tensor here
+    x = torch.zeros(256)
+
+    def part(h: Tensor) -> Tensor:
+        return h.tanh().tanh().tanh()
+
+    def forward(again: bool) -> Tensor:
+        h = x + w
+        for _ in range(4):
+            h = checkpoint(part, h, use_reentrant=False) if again else part(h)
+        return h.sum()
+
+    plain, checkpointed = (count_step(lambda again=again: forward(again), [w], [x]) for again in (False, True))
+    # Each tanh keeps its output. With checkpoints there are the inputs of four parts; the last output is not kept.
+    assert plain.held_bytes == 12 * KIB + 4
+    assert checkpointed.held_bytes == 4 * KIB + 4
+    # Backward of the last part: four inputs, three outputs again, the gradients before and after a tanh.
+    assert checkpointed.peak_bytes <= (4 + 3 + 2) * KIB + 16
+    assert checkpointed.calls["aten.tanh"] == 2 * plain.calls["aten.tanh"] == 24
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_flop_of_a_convolution(stride: int) -> None:
+    B, C_in, C_out, side, k = 2, 4, 6, 8, 3
+    w = torch.zeros(C_out, C_in, k, k, requires_grad=True)
+    x = torch.zeros(B, C_in, side, side, requires_grad=True)
+    count = count_step(lambda: F.conv2d(x, w, stride=stride, padding=1).sum(), [w, x])
+    multiply_adds = B * C_out * (side // stride) ** 2 * C_in * k * k
+    assert count.flop == 3 * 2 * multiply_adds  # forward, and one each for the gradients of x and w
+
+
+def test_flop_of_attention() -> None:
+    B, heads, N, d = 2, 3, 32, 8
+    q, k, v = (torch.zeros(B, heads, N, d, requires_grad=True) for _ in range(3))
+    count = count_step(lambda: F.scaled_dot_product_attention(q, k, v).sum(), [q, k, v])
+    product = 2 * B * heads * N * N * d
+    assert count.flop == 2 * product + 5 * product  # backward forms the scores again, then four gradients
 
 
 def test_fake_tensors_count_what_a_real_run_counts() -> None:

@@ -1,0 +1,235 @@
+"""Training step: time, FLOP and launches of every way to train the same network."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.case import Cell, Context, Plot, Result, Table, case
+from benchmarks.contenders import (
+    CHECKPOINT,
+    CONTENDERS,
+    FLAT,
+    FLAT_KEPT,
+    LEAN,
+    OURS,
+    PLAIN,
+    PLANNED,
+    PUBLISHED,
+    SMALL,
+    Setting,
+    Step,
+    allowed_error,
+    check_gradients,
+    check_in_use,
+    count,
+    counters,
+    gradients_of,
+    implementations,
+    plan_for,
+    references,
+    total_error,
+    train_by,
+)
+from benchmarks.timing import take_turns
+from idm_fast import IDM
+from idm_fast.memory.count import GIB, StepCount
+from idm_fast.memory.schedule import Schedule
+from idm_fast.ops import registry
+
+COMPILED = (PLAIN, FLAT)
+"""What torch.compile is tried on: the network as anyone would write it, and ours."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender: the way to train, what stands behind its ops (None: the automatic choice), whether it is compiled."""
+
+    name: str
+    implementation: str | None
+    compiled: bool = False
+
+    @property
+    def label(self) -> str:
+        ops = "" if self.name not in (*OURS, PLANNED) else f" ({self.implementation or 'automatic'} ops)"
+        return self.name + ops + (", compiled" if self.compiled else "")
+
+
+@case("How long does a training step take, and how much work is it?", seconds=(240, 2400))
+def training_step(context: Context) -> Result:
+    """On a GPU full width at 256²; on a CPU a narrow network, and full width at 32²."""
+    result, full = Result(), not context.quick
+    if context.quick:
+        result.notes.append("torch.compile, which takes minutes, and the planner are left to the full run.")
+    with counters() as submit:
+        part = partial(compare, context, result, submit)
+        if context.device == "cuda":
+            few = (PLAIN, CHECKPOINT, PUBLISHED, LEAN, FLAT_KEPT)
+            part("full width", Setting(3, 8, 256), CONTENDERS if full else few, torch.bfloat16, 150 if full else 20, full)
+            return result
+        few = (PLAIN, PUBLISHED, LEAN, FLAT)
+        part("narrow", Setting(2, 2, 64, SMALL), CONTENDERS if full else few, None, 120 if full else 10, full)
+        part("full width", Setting(3 if full else 1, 1, 32), CONTENDERS if full else few[:3], None, 300 if full else 10, False)
+    return result
+
+
+def compare(
+    context: Context,
+    result: Result,
+    submit: Callable[..., Future[Any]],
+    what: str,
+    setting: Setting,
+    names: Sequence[str],
+    autocast: torch.dtype | None,
+    seconds: float,
+    extras: bool,
+) -> None:
+    """Time the ways called `names` at `setting`, for about `seconds`; with `extras`, a planned one and compiled ones too.
+
+    A quick run leaves the references out where there are other implementations.
+    """
+    ops: list[str | None] = [*implementations(context.device)]
+    if len(ops) > 1:
+        ops = [*(ops[1:] if context.quick else ops), None]
+    runs = [Run(name, choice) for name in names for choice in (ops if name in OURS else ["reference"])]
+    runs = [run for run in runs if result.attempt(f"{what}, {run.label}", lambda run=run: _check(context, run, autocast))]
+    # One count serves all runs whose ops are the same to the counter.
+    keys = {run: (run.name, references(context.device, run.implementation)) for run in runs}
+    pending = {key: submit(count, key[0], setting, autocast, key[1]) for key in dict.fromkeys(keys.values())}
+    found = {key: result.attempt(f"{what}, {key[0]}, counted", future.result) for key, future in pending.items()}
+    counts: dict[Run, StepCount | None] = {run: found[key] for run, key in keys.items()}
+    plan: Schedule | None = None
+    published = counts.get(Run(PUBLISHED, "reference"))
+    if extras and published is not None:
+        planned = result.attempt(PLANNED, lambda: submit(plan_for, setting, published.peak_bytes, autocast).result())
+        if planned is not None:
+            runs.append(Run(PLANNED, ops[-1]))
+            plan, counts[runs[-1]] = planned
+    if extras:
+        runs += [Run(name, ops[-1] if name in OURS else "reference", compiled=True) for name in COMPILED if name in names]
+    steps = _steps(context, result, what, setting, runs, autocast, plan)
+    functions = {run.label: step for run, (step, _) in steps.items()}
+    times = result.attempt(what, lambda: take_turns(functions, context.device, seconds, least=3)) or {}
+    batches = {run: batch for run, (_, batch) in steps.items() if run.label in times}
+    for run, batch in batches.items():
+        result.samples(f"{what}: {run.label}, {setting.with_(batch=batch)}", "s", times[run.label])
+    _report(result, what, setting, {run: median(times[run.label]) for run in batches}, batches, counts)
+
+
+def _check(context: Context, run: Run, autocast: torch.dtype | None) -> bool:
+    check_gradients(context, run.name)
+    check_in_use(context, run.name, run.implementation, autocast)
+    return True
+
+
+def _steps(
+    context: Context,
+    result: Result,
+    what: str,
+    setting: Setting,
+    runs: Sequence[Run],
+    autocast: torch.dtype | None,
+    plan: Schedule | None,
+) -> dict[Run, tuple[Callable[[], None], int]]:
+    """What runs one step of every contender, and its batch: halved until it fits. All share one set of weights."""
+    with torch.device(context.device):
+        model = IDM(steps=setting.steps, **setting.options)
+    found: dict[Run, tuple[Callable[[], None], int]] = {}
+    for run in runs:
+        ready = result.attempt(f"{what}, {run.label}", lambda run=run: _fitting(context, run, model, setting, autocast, plan))
+        if ready is not None:
+            found[run] = ready
+            if ready[1] < setting.batch:
+                result.notes.append(f"{run.label}: batch {ready[1]}; {setting.batch} take more memory than there is.")
+    return found
+
+
+def _fitting(
+    context: Context, run: Run, model: IDM, setting: Setting, autocast: torch.dtype | None, plan: Schedule | None
+) -> tuple[Callable[[], None], int]:
+    network = _compiled(run, model, setting) if run.compiled else train_by(run.name, model, plan)
+    batch = setting.batch
+    while True:
+        step = Step(network, setting.with_(batch=batch), context.device, autocast)
+
+        def once(step: Step = step) -> None:
+            with registry.use(run.implementation):
+                step()
+
+        if _has_memory_for(once, last=batch == 1):
+            break
+        batch //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+    if run.compiled:
+        plain = Step(train_by(run.name, model), setting.with_(batch=batch), context.device, autocast)
+        found = gradients_of(step)
+        with registry.use(run.implementation):
+            plain()
+        error = total_error(found, gradients_of(plain))
+        context.check(f"the gradient by {run.label}", error, allowed_error(context.device, autocast))
+    return once, batch
+
+
+def _has_memory_for(step: Callable[[], None], last: bool) -> bool:
+    try:
+        step()
+    except torch.cuda.OutOfMemoryError:
+        if last:
+            raise
+        return False
+    return True
+
+
+def _compiled(run: Run, model: IDM, setting: Setting) -> nn.Module:
+    """A network of its own with the weights of `model`, to be compiled at its first call."""
+    own = IDM(steps=setting.steps, **setting.options)
+    own.load_state_dict(model.state_dict())
+    if run.name in OURS:
+        own.set_schedule(*OURS[run.name])
+    network = own if run.name in OURS else train_by(run.name, own)
+    network.compile()
+    return network
+
+
+def _report(
+    result: Result,
+    what: str,
+    setting: Setting,
+    seconds: dict[Run, float],
+    batches: dict[Run, int],
+    counts: dict[Run, StepCount | None],
+) -> None:
+    rows: list[list[Cell]] = []
+    per_image = {run: value / batches[run] for run, value in seconds.items()}
+    for run, value in seconds.items():
+        row: list[Cell] = [run.label, batches[run], value, per_image[run]]
+        found = counts.get(run)
+        if found is None:
+            rows.append([*row, "", "", ""])
+            continue
+        rows.append([*row, found.flop / 1e9, found.launches, found.peak_bytes / GIB])
+        result.count(f"{what}: FLOP, {run.label}, {setting}", "FLOP", found.flop)
+        result.count(f"{what}: launches, {run.label}, {setting}", "launches", found.launches)
+    columns = ["", "batch", "s a step", "s an image", "GFLOP", "launches", "peak (GiB)"]
+    note = f"Medians. GFLOP, launches and peak are counted at batch {setting.batch}."
+    result.tables.append(Table(f"One training step, {what}: {setting}", columns, rows, note))
+    theirs, plain = per_image.get(Run(PUBLISHED, "reference")), per_image.get(Run(PLAIN, "reference"))
+    ours = {run: value for run, value in per_image.items() if run.name in (*OURS, PLANNED)}
+    if not (theirs and plain and ours):
+        return
+    best = min(ours, key=lambda run: ours[run])
+    title = (
+        f"{best.label}: {ours[best] / theirs:.2f} times the published training's time, "
+        f"{ours[best] / plain:.2f} times plain autograd's ({what}, {setting})"
+    )
+    bars: dict[str, list[tuple[Cell, float]]] = {run.label: [(what, value)] for run, value in per_image.items()}
+    result.plots.append(Plot(title, "", "seconds per image, forward and backward", bars, PLAIN, bars=True))

@@ -1,0 +1,229 @@
+"""Ways to train one network, by name: what the cases on memory, time and scaling compare."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Context
+from benchmarks.published import PublishedNetwork
+from idm_fast import IDM, BlockCompressedSensing
+from idm_fast.memory.count import StepCount, count_training_step
+from idm_fast.memory.planner import Planner
+from idm_fast.memory.schedule import Schedule
+from idm_fast.ops import registry
+
+PLAIN, CHECKPOINT, PUBLISHED = "plain autograd", "checkpoint per block", "published reversible"
+THEIRS = {PLAIN: "plain", CHECKPOINT: "checkpoint", PUBLISHED: "published"}
+LEAN, FLAT, FLAT_KEPT = "ours, two_level", "ours, flat", "ours, flat + attention kept"
+OURS: dict[str, tuple[str, list[str] | None]] = {
+    LEAN: ("two_level", None),
+    FLAT: ("flat", None),
+    FLAT_KEPT: ("flat", ["attention"]),
+}
+STORED = "ours, store"
+CONTENDERS = (*THEIRS, *OURS)
+PLANNED = "ours, planned"
+
+RATIO = 0.1
+EXACT, SINGLE = 1e-9, 1e-3
+"""Allowed errors of gradients in float64 (the same network walked in another order) and in float32, relative to their norm."""
+SMALL = {"widths": (32, 64), "heads": 4, "norm_groups": 8}
+"""Narrow, with attention, for a CPU's seconds."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training step: T, images, side in pixels, and the network's further options (widths, …; default: full width)."""
+
+    steps: int = 3
+    batch: int = 8
+    size: int = 256
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"T = {self.steps}, batch {self.batch}, {self.size}²"
+
+    def with_(self, **changes: int) -> Setting:
+        return replace(self, **changes)
+
+
+class Scheduled(nn.Module):
+    """`model` under one of `OURS`, or under `plan`; several of these may share a model."""
+
+    def __init__(self, model: IDM, name: str, plan: Schedule | None = None) -> None:
+        super().__init__()
+        self.model, self._name, self._plan = model, name, plan
+
+    def forward(self, y: Tensor, physics: Any) -> Tensor:
+        if self._plan is not None:
+            self.model.plan = self._plan
+        else:
+            self.model.set_schedule(*OURS.get(self._name, ("store", None)))
+        return self.model(y, physics)
+
+
+def train_by(name: str, model: IDM, plan: Schedule | None = None) -> nn.Module:
+    """`model` trained the way called `name`; `plan` is the schedule of `PLANNED`."""
+    return PublishedNetwork(model, THEIRS[name]) if name in THEIRS else Scheduled(model, name, plan)
+
+
+def make(name: str, setting: Setting, plan: Schedule | None = None) -> nn.Module:
+    """The network of `setting`, with weights of its own, trained the way called `name`."""
+    return train_by(name, IDM(steps=setting.steps, **setting.options), plan)
+
+
+def count(
+    name: str,
+    setting: Setting,
+    autocast: torch.dtype | None = torch.bfloat16,
+    as_reference: Collection[str] = (),
+    plan: Schedule | None = None,
+) -> StepCount:
+    """What a training step costs, under fake tensors; the ops `as_reference` operation by operation, the others in a launch."""
+    return count_training_step(
+        lambda: make(name, setting, plan), setting.batch, setting.size, RATIO, autocast, as_reference=as_reference
+    )
+
+
+def count_as_on_a_cpu(setting: Setting) -> StepCount:
+    """The published training where its replays lose autocast; see `PublishedNetwork`."""
+
+    def build() -> nn.Module:
+        return PublishedNetwork(IDM(steps=setting.steps, **setting.options), "published", autocast_lost=True)
+
+    return count_training_step(build, setting.batch, setting.size, RATIO)
+
+
+def plan_for(setting: Setting, budget: int, autocast: torch.dtype | None = torch.bfloat16) -> tuple[Schedule, StepCount]:
+    """The schedule with the fewest FLOP that takes at most `budget` bytes, and what it costs."""
+    planner = Planner(lambda T: IDM(steps=T, **setting.options), setting.batch, setting.size, RATIO, autocast)
+    plan = planner.plan(setting.steps, budget)
+    return plan.schedule, plan.count
+
+
+def implementations(device: str) -> list[str]:
+    """What may stand behind the ops on `device` and is worth timing: not Triton's interpreter."""
+    registry.load_triton()
+    names = [name for name in reversed(registry.ORDER) if device != "cpu" or name != "triton"]
+    return [n for n in names if any(n in op.implementations and op.serves(n, device) for op in registry.OPS.values())]
+
+
+def references(device: str, implementation: str | None) -> tuple[str, ...]:
+    """The ops that run as plain PyTorch on `device` under a choice of implementation (None: the automatic one)."""
+    if implementation is None:
+        with registry.use(None):
+            return tuple(name for name, op in registry.OPS.items() if op.choose(device) == "reference")
+    return tuple(registry.OPS) if implementation == "reference" else ()
+
+
+@contextmanager
+def counters() -> Iterator[Callable[..., Future[Any]]]:
+    """`submit(function, *arguments)` on all cores: counting is Python, and so one process takes one core."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ProcessPoolExecutor(min(workers, 6), mp_context=get_context("spawn"))
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Step:
+    """One training step on `device`, ready to run: L1 loss of a reconstruction, forward and backward.
+
+    Calling it runs the step once; gradients are set to zero first, and stay allocated.
+    """
+
+    def __init__(self, network: nn.Module, setting: Setting, device: str, autocast: torch.dtype | None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.network = network.to(device)
+        self.physics = BlockCompressedSensing((setting.size, setting.size), RATIO).to(device)
+        self.x = torch.rand(setting.batch, 1, setting.size, setting.size, generator=generator).to(device)
+        self._autocast = nullcontext() if autocast is None else torch.autocast(device, autocast)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on."""
+        self.network, self.physics, self.x = self.network.to(dtype), self.physics.to(dtype), self.x.to(dtype)
+
+    def __call__(self) -> None:
+        self.network.zero_grad(set_to_none=False)
+        with self._autocast:
+            loss = (self.network(self.physics.A(self.x), self.physics) - self.x).abs().mean()
+        loss.backward()
+
+
+CHECKED = Setting(2, 2, 32, {"widths": (16, 32), "heads": 2, "norm_groups": 4})
+"""What gradients are checked on: every kind of layer, in a second."""
+
+
+def gradients(name: str, device: str, dtype: torch.dtype, autocast: torch.dtype | None = None) -> list[Tensor]:
+    """Of all parameters of a network of `CHECKED`, always the same one, trained the way called `name`; in float64."""
+    torch.manual_seed(0)
+    step = Step(make(name, CHECKED), CHECKED, device, autocast)
+    with torch.no_grad():
+        for parameter in step.network.parameters():
+            # Merges start at 0, which would hide whatever is wrong with them.
+            parameter += 0.05 * torch.randn(parameter.shape).to(device)
+    step.to(dtype)
+    step()
+    return gradients_of(step)
+
+
+def gradients_of(step: Step) -> list[Tensor]:
+    """By parameter, in float64."""
+    parameters = step.network.parameters()
+    return [torch.zeros_like(p).double() if p.grad is None else p.grad.double() for p in parameters]
+
+
+@functools.cache
+def oracle(device: str) -> list[Tensor]:
+    """Gradients by autograd that stores everything, through the references, in float64."""
+    with registry.use("reference"):
+        return gradients(STORED, device, torch.float64)
+
+
+def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest ‖found − expected‖ / ‖expected‖ of all parameters.
+
+    A gradient that is zero but for rounding (a bias in front of a norm) is measured against 1e-3 of the largest one.
+    """
+    floor = 1e-3 * max(e.norm().item() for e in expected)
+    return max((f - e).norm().item() / max(e.norm().item(), floor) for f, e in zip(found, expected, strict=True))
+
+
+def total_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ of all parameters together."""
+    difference = sum((f - e).norm().item() ** 2 for f, e in zip(found, expected, strict=True))
+    return (difference / sum(e.norm().item() ** 2 for e in expected)) ** 0.5
+
+
+def check_gradients(context: Context, name: str) -> float:
+    """The error of the gradients by `name` in float64; WrongResult unless they are plain autograd's."""
+    with registry.use("reference"):
+        error = largest_error(gradients(name, context.device, torch.float64), oracle(context.device))
+    context.check(f"the gradient by {name}", error, EXACT)
+    return error
+
+
+def check_in_use(context: Context, name: str, implementation: str | None, autocast: torch.dtype | None) -> float:
+    """As `check_gradients`, in what is timed: float32, autocast, and an implementation of the ops."""
+    device = context.device
+    with registry.use(implementation):
+        error = total_error(gradients(name, device, torch.float32, autocast), oracle(device))
+    context.check(f"the gradient by {name} ({implementation})", error, allowed_error(device, autocast))
+    return error
+
+
+@functools.cache
+def allowed_error(device: str, autocast: torch.dtype | None) -> float:
+    """1e-3 of the norm, or twice what plain autograd is off by in the same precision."""
+    return max(SINGLE, 2 * total_error(gradients(PLAIN, device, torch.float32, autocast), oracle(device)))
