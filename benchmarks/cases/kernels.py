@@ -1,7 +1,7 @@
 """Kernels: every op, every implementation of it that this machine has, at the shapes of IDM's U-Net.
 
 An implementation is timed when it agrees with the reference in float64, with an error of at most twice that of the reference
-in the same dtypes. Its time stands against what the machine can do at all: the bandwidth of copying, the rate of a matrix product.
+in the same dtypes. Its time stands against what the machine can do: the bandwidth of copying, the rate of a matrix product.
 """
 
 from __future__ import annotations
