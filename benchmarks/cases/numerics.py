@@ -194,7 +194,8 @@ def error_plot(samples: list[Sample], name: str, what: str) -> Plot:
     baseline = "float32 streams, float32 bodies"
     most = max(deepest.values())
     best = ", ".join(dict.fromkeys(label.split()[0] for label, depth in deepest.items() if depth == most))
-    title = f"{what} within {TOLERANCE:g}: {deepest[baseline]} layers with float32 streams and bodies,\n{most} with {best} streams"
+    title = f"{what} within {TOLERANCE:g}: {deepest[baseline]} layers with float32 streams and bodies,\n"
+    title += f"{most} with {best} streams"
     label = f"relative error of the {what.lower()} (0 is drawn at {EXACT:g})"
     return Plot(title, "layers (v = 0.5)", label, lines, baseline=baseline, log_x=True, log_y=True)
 
