@@ -71,7 +71,7 @@ def run(context: Context) -> Result:
         )
     )
     if not on_gpu:
-        result.notes.append("At these sizes a CPU spends much of a call on reading weights; the paper's factor is of a GPU, 256².")
+        result.notes.append("On images this small a CPU spends much of a call on reading weights; the paper timed a GPU.")
     if factors:
         title = f"DDNM with 100 steps takes {' and '.join(factors)} as long as IDM (the paper: {PUBLISHED_FACTOR}×)"
         label = "seconds for one image, batch 1"
