@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases.kernels import Level, arguments, by_implementation
+from benchmarks.cases.kernels import Level, arguments, by_implementation, weight_of
 from idm_fast.ops.registry import OPS, load_triton
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'idm-fast[bench]'")
@@ -38,5 +38,5 @@ def test_op(benchmark: Any, given: dict[str, tuple[Any, ...]], name: str, implem
             torch.cuda.synchronize()
 
     if OPS[name].overload._schema.is_mutable:
-        given[name][-1].fill_(1)  # then inverting again and again gives the same numbers
+        weight_of(name, given[name]).fill_(1)  # then inverting again and again gives the same numbers
     benchmark(call)

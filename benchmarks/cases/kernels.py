@@ -24,7 +24,7 @@ from idm_fast.ops.registry import OPS, load_triton
 
 COMPILED_QUICKLY = ("couple", "uncouple", "geglu")
 """What torch.compile is held against in a quick run: it compiles for seconds to a minute an op."""
-COST_OF = {"decouple": "couple", "uncouple_": "uncouple"}
+COST_OF = {"decouple": "couple", "uncouple_": "uncouple", "inject_uncouple_": "inject_uncouple"}
 SHOWN = {"reference": "eager PyTorch"}
 V = 0.5
 FRACTION_BITS, KEPT_BITS = 20, 1
@@ -64,7 +64,7 @@ def arguments(level: Level, device: str) -> dict[str, tuple[Any, ...]]:
     image_size = (r * s, r * s)
     physics = BlockCompressedSensing(image_size, 0.1).to(device)
     operator = (physics.matrix, physics.permutation)
-    x, e, g = (draw(B, 1, *image_size) for _ in range(3))
+    images = x, e, g = tuple(draw(B, 1, *image_size) for _ in range(3))
     y, v = physics.A(x), torch.full((1,), V, device=device)
     abar = (torch.tensor([0.25], device=device), torch.tensor([0.5], device=device))
     planes = C // r**2
@@ -91,9 +91,13 @@ def arguments(level: Level, device: str) -> dict[str, tuple[Any, ...]]:
         "geglu": (hidden,),
         "geglu_backward": (draw(B, s * s, 4 * C, dtype=body), hidden),
         "inject_read": (F, read, draw(1), r),
-        "inject_read_backward": (x, F, read, r),
-        "inject_write": (F, x, e, g, write, draw(planes), r),
-        "inject_write_backward": (F, x, e, g, write, r),
+        "inject_read_backward": (x, F, read, r, draw(*features, dtype=body)),
+        "inject_write": (F, *images, write, draw(planes), r),
+        "inject_write_backward": (F, *images, write, r),
+        "inject_couple": (F, *images, write, draw(planes), stream, v, r),
+        "inject_couple_backward": (d1, F, *images, write, draw(planes), stream, v, r),
+        "inject_uncouple": (stream, d1, F, *images, write, draw(planes), v, r),
+        "inject_uncouple_": (stream.clone(), d1, F, *images, write, draw(planes), v.clone(), r),
         "measure": (x, *operator),
         "adjoint": (y, *operator, *image_size),
         "gram": (x, *operator),
@@ -114,6 +118,11 @@ def outputs(name: str, found: Any, given: tuple[Any, ...]) -> list[Tensor]:
     """What an op computes: its outputs, and its first argument when it works in place."""
     found = [found] if isinstance(found, Tensor) else list(found)
     return [given[0], *found] if OPS[name].overload._schema.is_mutable else found
+
+
+def weight_of(name: str, given: tuple[Any, ...]) -> Tensor:
+    """The argument v of a coupling."""
+    return given[[argument.name for argument in OPS[name].overload._schema.arguments].index("v")]
 
 
 def run_once(name: str, function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
@@ -238,7 +247,7 @@ def run(context: Context) -> Result:
                 continue
             cost = cost_of(name, given, run_once(name, OPS[name].implementations["reference"][0], given))
             if OPS[name].overload._schema.is_mutable:
-                given[-1].fill_(1)  # then inverting again and again gives the same numbers
+                weight_of(name, given).fill_(1)  # then inverting again and again gives the same numbers
             samples = take_turns(ready, context.device, 0.1 if context.quick else 1.0, flush=True)
             times = {who: result.samples(f"{label} {who}", "s", samples[who]).median for who in ready}
             for who, t in times.items():
