@@ -23,7 +23,7 @@ INSTALL_SECONDS, CHILD_SECONDS = 60, 240
 MIB = 2**20
 
 
-@case("What do reversible layers save and cost, and which of them train correctly?", seconds=(170, 900))
+@case("What do reversible layers save and cost, and which of them train correctly?", seconds=(300, 900))
 def run(context: Context) -> Result:
     result = Result()
     with tempfile.TemporaryDirectory() as name:
