@@ -5,6 +5,7 @@ TORCH_VERSION  ?= 2.13.0
 TRITON_VERSION ?= 3.7.1
 PIP_FLAGS      ?=
 DEMO_FLAGS     ?=
+BENCH_FLAGS    ?= --out benchmark_output
 PYTEST_FLAGS   ?= -n logical --maxprocesses 4 --dist worksteal
 
 VENV_PYTHON := $(VENV)/bin/python
@@ -18,10 +19,11 @@ DEMO_THREADS := OMP_WAIT_POLICY=passive
 VENV_READY    := $(VENV)/.ready-venv
 TORCH_READY   := $(VENV)/.ready-torch-$(TORCH_VERSION)-triton-$(TRITON_VERSION)
 PACKAGE_READY := $(VENV)/.ready-package
+BENCH_READY   := $(VENV)/.ready-bench
 DEV_READY     := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint types sanitize clean
+.PHONY: help venv install demo bench test lint types sanitize clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -30,6 +32,7 @@ help: ## this list
 	@echo "  IDM_FAST_BUILD=cpu    auto, cpu, cuda or python: what the native extension must have (README)"
 	@echo "  PIP_FLAGS='...'       added to every pip install, for example another package index"
 	@echo "  DEMO_FLAGS='...'      for example --seconds 60"
+	@echo "  BENCH_FLAGS='...'     for example '--quick --device cpu --out quick' (replaces: $(BENCH_FLAGS))"
 	@echo "  PYTEST_FLAGS='...'    for example '-x -k coupling' (replaces: $(PYTEST_FLAGS))"
 
 venv: $(VENV_READY) ## create the virtual environment
@@ -38,6 +41,9 @@ install: $(PACKAGE_READY) ## install idm-fast into it (editable), with PyTorch; 
 
 demo: $(PACKAGE_READY) ## train a tiny network on photographs, reconstruct others, show the result (5 minutes)
 	$(DEMO_THREADS) $(VENV_PYTHON) -m idm_fast.demo $(DEMO_FLAGS)
+
+bench: $(BENCH_READY) ## run the benchmark suite: on a GPU if there is one, on a CPU in an hour (BENCH_FLAGS=--quick: in minutes)
+	$(VENV_PYTHON) -m benchmarks $(BENCH_FLAGS)
 
 test: $(DEV_READY) ## run all tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)
@@ -71,6 +77,10 @@ $(TORCH_READY): $(VENV_READY)
 
 $(PACKAGE_READY): $(TORCH_READY) pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(BENCH_READY): $(PACKAGE_READY)
+	$(PIP_INSTALL) --editable ".[bench]"
 	@touch $@
 
 $(DEV_READY): $(PACKAGE_READY)

@@ -53,12 +53,12 @@ def draw(plot: Plot, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.6), dpi=110)
+    groups: list[Cell] = list(dict.fromkeys(x for points in plot.lines.values() for x, _ in points))
+    figure, axes = pyplot.subplots(figsize=(11 if plot.bars and len(groups) > 12 else 8, 4.6), dpi=110)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
     colours = iter(COLOURS * (1 + len(plot.lines) // len(COLOURS)))
-    groups: list[Cell] = list(dict.fromkeys(x for points in plot.lines.values() for x, _ in points))
     width = 0.8 / max(len(plot.lines), 1)
     for k, (name, points) in enumerate(plot.lines.items()):
         base = name == plot.baseline
@@ -67,12 +67,14 @@ def draw(plot: Plot, path: Path) -> None:
         if plot.bars:
             places = [groups.index(x) + (k - (len(plot.lines) - 1) / 2) * width for x, _ in points]
             bars = axes.bar(places, [y for _, y in points], 0.92 * width, label=label, color=colour)
-            axes.bar_label(bars, [f"{y:.3g}" for _, y in points], fontsize=7.5, padding=1)
+            if len(groups) * len(plot.lines) <= 40:
+                axes.bar_label(bars, [f"{y:.3g}" for _, y in points], fontsize=7.5, padding=1)
         else:
             style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": "--" if base else "-"}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     if plot.bars:
-        axes.set_xticks(range(len(groups)), [str(group) for group in groups])
+        crowded = {"rotation": 40, "ha": "right", "fontsize": 8} if len(groups) > 8 else {}
+        axes.set_xticks(range(len(groups)), [str(group) for group in groups], **crowded)
     if plot.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 LEAST_SAMPLES = 5
-FLUSH_BYTES = 256 * 2**20
-"""Written between samples on a GPU, where asked: more than its cache holds, so that inputs come from memory."""
+FLUSH_BYTES = 512 * 2**20
+"""Written before a sample on a GPU, where asked: more than its cache holds, so that inputs come from memory. Writing it takes
+the GPU longer than Python takes to launch the sample, so that launching is not measured."""
 
 
 def take_turns(
@@ -43,19 +44,19 @@ def take_turns(
             if turn >= least and time.perf_counter() - started > seconds:
                 break
             for name, function in contenders.items():
-                if scratch is not None:
-                    scratch.zero_()
-                samples[name].append(_seconds(function, device))
+                samples[name].append(_seconds(function, device, scratch))
     finally:
         if enabled:
             gc.enable()
     return samples
 
 
-def _seconds(function: Callable[[], Any], device: str) -> float:
+def _seconds(function: Callable[[], Any], device: str, scratch: torch.Tensor | None = None) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if scratch is not None:
+            scratch.zero_()
         start.record()
         function()
         end.record()

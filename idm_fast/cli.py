@@ -26,6 +26,7 @@ Reconstructs images from few linear measurements with Invertible Diffusion Model
   idm-fast evaluate --data_dir Set11               PSNR and SSIM by the published protocol
   idm-fast train --train_data_dir photos --output_dir my_weights --model tiny --resolution 64
   idm-fast plan --budget 12GiB                     how to train within so much memory
+  idm-fast bench --quick                           tables and plots of speed and memory on this machine
   idm-fast doctor                                  what this machine has and what runs on it
 
 `idm-fast COMMAND --help` explains each with examples."""
@@ -94,6 +95,19 @@ examples:
 Memory is of activations, as `IDM(memory_budget="12GiB")` takes it. > marks the choice, * the Pareto front: nothing else
 has both less memory and fewer FLOP."""
 
+BENCH = """\
+Runs the benchmark suite: memory, training step, inference, kernels, reversible layers against other libraries, numerics,
+quality, scaling. It is part of the source repository, not of the installed package: this is `python -m benchmarks` in the
+checkout that idm-fast is installed from (pip install --editable '.[bench]') or that is the current folder."""
+
+BENCH_EXAMPLES = """\
+examples:
+  idm-fast bench --device cpu --quick --out quick
+  idm-fast bench --device cuda --only kernels inference --out results
+  idm-fast bench list
+  idm-fast bench compare before after
+      exit code 1 when something got worse"""
+
 DOCTOR = "Versions, devices, threads, which implementation of each operation runs here and why, what is not there yet."
 
 
@@ -106,7 +120,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"] and not {"-h", "--help"} & set(words):
+        words.insert(1, "--")  # what looks like options belongs to the suite
+    arguments = build_parser().parse_args(words)
     try:
         importlib.import_module(f"idm_fast.commands.{arguments.command}").run(arguments)
     except InputError as error:
@@ -145,6 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_evaluate(_command(commands, "evaluate", "measure PSNR and SSIM on a folder", EVALUATE, EVALUATE_EXAMPLES))
     _add_plan(_command(commands, "plan", "choose how to train within a memory budget", PLAN, PLAN_EXAMPLES))
+    bench = _command(commands, "bench", "run the benchmark suite (in a checkout)", BENCH, BENCH_EXAMPLES)
+    bench.add_argument("arguments", nargs="*", metavar="…", help="what `python -m benchmarks` takes")
     _command(commands, "doctor", "say what this machine has and what runs on it", DOCTOR, "")
     return parser
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,3 +387,31 @@ def test_what_train_writes_reconstructs(weights, out, tmp_path):
     trained = ["--weights", str(tmp_path / "trained"), "--output_dir", str(out)]
     assert main(["reconstruct", str(folder), *trained]) == 0
     assert names(out) == ["0_idm.png", "1_idm.png"]
+
+
+# bench
+
+
+def test_bench_runs_the_suite_of_the_checkout_with_its_options_and_exit_code(monkeypatch, capsys):
+    from idm_fast.commands import bench
+
+    commands = []
+
+    def run(command, env, check):
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "--quick", "--only", "kernels"])
+    assert error.value.code == 1
+    assert commands == [["-m", "benchmarks", "--quick", "--only", "kernels"]]
+
+
+def test_bench_without_a_checkout_says_where_the_suite_is(monkeypatch, tmp_path, capsys):
+    import idm_fast
+
+    monkeypatch.setattr(idm_fast, "__file__", str(tmp_path / "site" / "idm_fast" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench"]) == 2
+    assert "checkout" in capsys.readouterr().err

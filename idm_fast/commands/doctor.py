@@ -23,8 +23,6 @@ PLANNED = {
     "idm_fast.physics.inpainting": "inpainting",
     "idm_fast.physics.mri": "MRI",
     "idm_fast.physics.ct": "CT",
-    "idm_fast.evaluation.ddnm": "the DDNM baseline",
-    "idm_fast.commands.bench": "the `bench` command",
 }
 """Parts of the design by the module that will hold them; those that cannot be found are listed as not there yet."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3
-"""Relative error of a recovered input that is warned of. Within it the gradients are right to 2e-4 (benchmarks/numerics.py). At
+"""Relative error of a recovered input that is warned of. Within it the gradients are right to 2e-4 (benchmark `numerics`). At
 v = 0.5 on float32 streams, 11 float32 layers pass (8e-5) and 16 do not (3e-3). With bfloat16 bodies it is strict: it warns of
 8 layers (3e-3), whose gradients are wrong by 1e-4 where rounding a body's input to bfloat16 costs 4e-3."""
 
