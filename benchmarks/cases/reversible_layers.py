@@ -125,7 +125,8 @@ def behaviour_table(answers: dict[str, dict[str, str]]) -> Table:
         ["behaviour", *map(named, answers)],
         rows,
         "yes: the gradients of plain autograd in float32. Dropout: 0.5 in every body. DDP: one process, one body shared by four"
-        f" layers; gradients that go wrong only between processes do not show. {CHECKPOINT}: use_reentrant=False, a pair of bodies at a time.",
+        f" layers; gradients that go wrong only between processes do not show. "
+        f"{CHECKPOINT}: use_reentrant=False, a pair of bodies at a time.",
     )
 
 
