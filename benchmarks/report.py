@@ -73,7 +73,7 @@ def draw(plot: Plot, path: Path) -> None:
             style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": "--" if base else "-"}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     if plot.bars:
-        crowded = {"rotation": 40, "ha": "right", "fontsize": 8} if len(groups) > 8 else {}
+        crowded = {"rotation": 40, "ha": "right", "fontsize": 8} if len("".join(map(str, groups))) > 60 else {}
         axes.set_xticks(range(len(groups)), [str(group) for group in groups], **crowded)
     if plot.log_x:
         axes.set_xscale("log", base=2)

@@ -115,7 +115,7 @@ def result_median(result: Result, name: str) -> float:
 
 
 def named(who: str) -> str:
-    return f"{who} {VERSIONS[who]}" if who in VERSIONS else who
+    return f"{who} {VERSIONS[who]}" if who in VERSIONS else f"{who} (baseline)" if who == PLAIN else who
 
 
 def behaviour_table(answers: dict[str, dict[str, str]]) -> Table:
@@ -125,7 +125,8 @@ def behaviour_table(answers: dict[str, dict[str, str]]) -> Table:
         ["behaviour", *map(named, answers)],
         rows,
         "yes: the gradients of plain autograd in float32. Dropout: 0.5 in every body. DDP: one process, one body shared by four"
-        f" layers. {CHECKPOINT}: use_reentrant=False, a pair of bodies at a time.",
+        f" layers; gradients that go wrong only between processes do not show. "
+        f"{CHECKPOINT}: use_reentrant=False, a pair of bodies at a time.",
     )
 
 
