@@ -75,8 +75,11 @@ void gradient(const CoupleArguments& a, ParallelFor loop) {
     S* dx2 = static_cast<S*>(a.dx2);
     const S v = static_cast<S>(a.v);
     over_chunks(a.count, loop, [&](int64_t chunk, int64_t begin, int64_t end) {
-      constexpr int LANES = 32;  // sums side by side, or the loop would wait for each addition
-      S lanes[LANES] = {};
+      // Sums side by side, or the loop would wait for each addition; eight terms each and then on in double, as sums lose
+      // digits while they grow.
+      constexpr int LANES = 32;
+      constexpr int64_t RUN = 8 * LANES;
+      double totals[LANES] = {};
       const auto element = [&](int64_t i, S& lane) IDM_LAMBDA_INLINE {
         const S f = static_cast<S>(load(F[i])), d = d1[i];
         const S x2 = RECOVER ? idm::decouple(given[i], f, v) : given[i];
@@ -86,14 +89,18 @@ void gradient(const CoupleArguments& a, ParallelFor loop) {
         dx2[i] = g.dx2;
         lane += g.dv;
       };
-      int64_t i = begin;
-      for (; i + LANES <= end; i += LANES) {
-        IDM_VECTOR_LOOP
-        for (int lane = 0; lane < LANES; ++lane) element(i + lane, lanes[lane]);
+      for (int64_t i = begin; i < end;) {
+        const int64_t stop = i + RUN < end ? i + RUN : end;
+        S lanes[LANES] = {};
+        for (; i + LANES <= stop; i += LANES) {
+          IDM_VECTOR_LOOP
+          for (int lane = 0; lane < LANES; ++lane) element(i + lane, lanes[lane]);
+        }
+        for (int lane = 0; i < stop; ++i, ++lane) element(i, lanes[lane]);
+        for (int lane = 0; lane < LANES; ++lane) totals[lane] += lanes[lane];
       }
-      for (; i < end; ++i) element(i, lanes[0]);
       double sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
+      for (int lane = 0; lane < LANES; ++lane) sum += totals[lane];
       sums[chunk] = sum;
     });
   });

@@ -18,7 +18,7 @@ constexpr int64_t STRIP = 512;  // elements, about; scratch rows stay in the fir
 
 // Elements over which sums run in a vector, before they go on in double.
 template <class S>
-constexpr int64_t RUN = 16 * LANES<S>;
+constexpr int64_t RUN = 8 * LANES<S>;
 
 template <class T>
 struct Features {
@@ -105,9 +105,11 @@ template <class S>
 IDM_INLINE double total(Vector<S> v) {
   S lanes[LANES<S>];
   store_vector(lanes, v);
+  double wide[LANES<S>];
+  for (int lane = 0; lane < LANES<S>; ++lane) wide[lane] = lanes[lane];
   for (int half = LANES<S> / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+    for (int lane = 0; lane < half; ++lane) wide[lane] += wide[lane + half];
+  return wide[0];
 }
 
 // out[p] = Σ over the strips of parts[strip][p], in order.

@@ -36,17 +36,16 @@ class Scratch {
 };
 
 // sums[n] = Σ terms[n] over i < count, where term(i, terms) gives N terms of type S; sums side by side, or each addition would
-// wait for the one before, and in double from one chunk to the next.
+// wait for the one before, of eight terms each and then on in double, as sums lose digits while they grow.
 template <class S, int N, class Term>
 IDM_INLINE void sum(int64_t count, double (&sums)[N], const Term& term) {
   constexpr int LANES = 32;
-  constexpr int64_t CHUNK = 128 * LANES;
-  for (int n = 0; n < N; ++n) sums[n] = 0;
-  for (int64_t begin = 0; begin < count; begin += CHUNK) {
-    const int64_t end = begin + CHUNK < count ? begin + CHUNK : count;
+  constexpr int64_t RUN = 8 * LANES;
+  double totals[N][LANES] = {};
+  for (int64_t i = 0; i < count;) {
+    const int64_t stop = i + RUN < count ? i + RUN : count;
     S lanes[N][LANES] = {};
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) {
+    for (; i + LANES <= stop; i += LANES) {
       IDM_VECTOR_LOOP
       for (int lane = 0; lane < LANES; ++lane) {
         S terms[N];
@@ -54,16 +53,17 @@ IDM_INLINE void sum(int64_t count, double (&sums)[N], const Term& term) {
         for (int n = 0; n < N; ++n) lanes[n][lane] += terms[n];
       }
     }
-    for (; i < end; ++i) {
+    for (int lane = 0; i < stop; ++i, ++lane) {
       S terms[N];
       term(i, terms);
-      for (int n = 0; n < N; ++n) lanes[n][0] += terms[n];
+      for (int n = 0; n < N; ++n) lanes[n][lane] += terms[n];
     }
-    for (int n = 0; n < N; ++n) {
-      for (int half = LANES / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[n][lane] += lanes[n][lane + half];
-      sums[n] += lanes[n][0];
-    }
+    for (int n = 0; n < N; ++n)
+      for (int lane = 0; lane < LANES; ++lane) totals[n][lane] += lanes[n][lane];
+  }
+  for (int n = 0; n < N; ++n) {
+    sums[n] = 0;
+    for (int lane = 0; lane < LANES; ++lane) sums[n] += totals[n][lane];
   }
 }
 

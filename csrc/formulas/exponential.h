@@ -57,6 +57,9 @@ IDM_INLINE float exponential(float x) {
 
 // The same for double, within [-708, 709], with the first fourteen terms of e^r.
 IDM_INLINE double exponential(double x) {
+#if defined(__CUDA_ARCH__)
+  return exp(x);
+#else
   const int64_t upper = 0x4086280000000000, bits = bits_of_double(x);
   const uint64_t lower = 0xc086200000000000u, below = static_cast<uint64_t>(bits < upper ? bits : upper);
   x = double_of_bits(below < lower ? below : lower);
@@ -77,6 +80,7 @@ IDM_INLINE double exponential(double x) {
   q = 0.5 + r * q;
   const double scale = double_of_bits((static_cast<uint64_t>(bits_of_double(shifted)) << 52) + 0x3ff0000000000000u);
   return (1.0 + (r + r * r * q)) * scale;
+#endif
 }
 
 template <class S>
@@ -98,16 +102,21 @@ struct Normal {
   S density, cumulative;
 };
 
-// Φ(−a) = e^(−a²/2)·R(a), with R(a) = erfcx(a/√2)/2 as t·p(t), t = 1/(1 + a/4), of relative error 8e-9.
+// Φ(−a) = e^(−a²/2)·R(a), with R(a) = erfcx(a/√2)/2 as t·p(t), t = 1/(1 + a/4), of relative error 8e-9. Up to 1.5, where
+// that would cost digits of Φ, it is 1/2 + x·c(x²), of error 3e-11.
 IDM_INLINE Normal<float> normal(float x) {
-  const float a = x < 0 ? -x : x;
-  const float e = exponential(-0.5f * a * a);
+  const float a = x < 0 ? -x : x, u = x * x;
+  const float e = exponential(-0.5f * u);
   const float t = 1.0f / (1.0f + 0.25f * a);
   const float p =
       0.0997479041f + t * (0.0994925466f + t * (0.0955157929f + t * (0.0719991155f + t * (0.0866576654f + t * (
       0.0127105653f + t * (0.0284371959f + t * (0.0516514306f + t * (-0.0627918f + t * (0.0165795878f)))))))));
   const float tail = e * t * p;
-  return {0.398942280f * e, x < 0 ? tail : 1.0f - tail};
+  const float c =
+      0.39894229f + u * (-0.066490382f + u * (0.0099735418f + u * (-0.0011872726f + u * (1.1533579e-4f + u * (-9.3482531e-6f +
+      u * (6.1294025e-7f + u * -2.5336371e-8f))))));
+  const float outside = x < 0 ? tail : 1.0f - tail, inside = 0.5f + x * c;
+  return {0.398942280f * e, a < 1.5f ? inside : outside};
 }
 
 IDM_INLINE Normal<double> normal(double x) {

@@ -17,9 +17,12 @@ InjectArguments prepare(const char* name, const Tensor& h, const Tensor& weight,
   check_cpu(name, h);
   check_cpu("weight", weight);
   check(h.dim() == 4, name, " is ", shape_of(h), ", expected (B, C, H/r, W/r)");
-  check(r > 0 && h.size(1) % product_of("r and r", r, r) == 0, "r is ", r, ", and ", name, " has ", h.size(1), " channels; they must be a multiple of r²");
+  check(r > 0 && h.size(1) % product_of("r and r", r, r) == 0, "r is ", r, ", and ", name, " has ", h.size(1),
+        " channels; they must be a multiple of r²");
   const int64_t channels = h.size(1) / (r * r);
-  check(weight.numel() == (write ? 3 : 1) * channels, "weight is ", shape_of(weight), ", expected ",
+  const bool fits = write ? weight.dim() > 1 && weight.size(0) == channels && weight.numel() == 3 * channels
+                          : weight.numel() == channels;
+  check(fits, "weight is ", shape_of(weight), ", expected ",
         write ? "(C/r², 3, 1, 1)" : "(1, C/r², 1, 1)", " for ", name, " of ", shape_of(h), " and r = ", r);
   InjectArguments a{};
   a.dtype = dtype_of(name, h);
@@ -92,7 +95,7 @@ Tensor inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Te
   check_image("gz", gz, "h", h, a);
   check_image("aty", aty, "h", h, a);
   check_cpu("bias", bias);
-  check(bias.numel() == a.channels, "bias is ", shape_of(bias), ", expected (", a.channels, ",)");
+  check(bias.dim() == 1 && bias.size(0) == a.channels, "bias is ", shape_of(bias), ", expected (", a.channels, ",)");
   const Tensor features = dense(h), w = accurate(weight, h), b = accurate(bias, h);
   const Tensor images[3] = {dense(z), dense(gz), dense(aty)};
   Tensor out = new_features(h);

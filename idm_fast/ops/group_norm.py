@@ -24,13 +24,18 @@ def _dense(t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def as_read(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter or a statistic as PyTorch's norms read it: without a look at its strides or its size."""
+    return t.to(dtype).contiguous()
+
+
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     out, mean, rstd = torch.native_group_norm(
-        _dense(x, x, exact), weight.to(exact), bias.to(exact), B, C, x.numel() // max(B * C, 1), groups, eps
+        _dense(x, x, exact), as_read(weight, exact), as_read(bias, exact), B, C, x.numel() // max(B * C, 1), groups, eps
     )
     if silu:
         out = F.silu(out, inplace=True)
@@ -43,12 +48,13 @@ def group_norm_silu_backward_reference(
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     spatial = (1,) * (x.ndim - 2)
-    xf, w, g = _dense(x, x, exact), weight.to(exact), _dense(dout, x, exact)
+    xf, w, g = _dense(x, x, exact), as_read(weight, exact), _dense(dout, x, exact)
     if silu:
         scale = rstd.repeat_interleave(C // groups, dim=1) * w
         shift = bias.to(exact) - mean.repeat_interleave(C // groups, dim=1) * scale
         u = torch.addcmul(shift.view(B, C, *spatial), xf, scale.view(B, C, *spatial))
         g = torch.ops.aten.silu_backward(g, u)
+    mean, rstd = (as_read(t.expand(B, groups), exact) for t in (mean, rstd))
     dx, dw, db = torch.ops.aten.native_group_norm_backward(
         g, xf, mean, rstd, w, B, C, x.numel() // max(B * C, 1), groups, [True, True, True]
     )

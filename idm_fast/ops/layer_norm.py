@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.ops.group_norm import statistics_dtype
+from idm_fast.ops.group_norm import as_read, statistics_dtype
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -17,7 +17,8 @@ def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
-    out, mean, rstd = torch.native_layer_norm(x.to(exact), weight.shape, weight.to(exact), bias.to(exact), eps)
+    w, b = as_read(weight, exact), as_read(bias, exact)
+    out, mean, rstd = torch.native_layer_norm(x.to(exact), weight.shape, w, b, eps)
     return out.to(dtype), mean, rstd
 
 
@@ -25,8 +26,10 @@ def layer_norm_backward_reference(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
+    w, b = as_read(weight, exact), as_read(bias, exact)
+    mean, rstd = (as_read(t.expand(*x.shape[:-1], 1), exact) for t in (mean, rstd))
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dout.to(exact), x.to(exact), weight.shape, mean, rstd, weight.to(exact), bias.to(exact), [True, True, True]
+        dout.expand_as(x).to(exact), x.to(exact), weight.shape, mean, rstd, w, b, [True, True, True]
     )
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
 

@@ -54,12 +54,17 @@ def scales(name: str, given: tuple) -> dict[int, Tensor]:
 
 
 def coupled_scales(name: str, exact: list) -> dict[int, Tensor]:
-    """As `scales`: the gradient that `inject_write_backward` sees is (1−v)·d1, dv sums d1·(x2 − out) or d1·(y1 − out)/v."""
+    """As `scales`: the gradient that `inject_write_backward` sees is (1−v)·d1, dv sums d1·(x2 − out) or d1·(y1 − out)/v.
+
+    1 − v is rounded once for all terms, which moves a sum by as much as it is itself rounded.
+    """
     *streams, h, z, gz, aty, weight, bias = exact[:-2] if name == "inject_uncouple" else exact[:-3]
     v, r = exact[-2:]
     d1, stream, steep = (streams[1], streams[0], v) if len(streams) == 2 else (streams[0], exact[-3], 1)
     out = run("inject_write", "reference", (h, z, gz, aty, weight, bias, r))[0]
-    found = {k + len(streams): t for k, t in scales("inject_write_backward", ((1 - v) * d1, z, gz, aty, weight, r)).items()}
+    written = ((1 - v) * d1, z, gz, aty, weight, r)
+    sums = [t.abs().max() for t in run("inject_write_backward", "reference", written)]
+    found = {k + len(streams): t + sums[k] for k, t in scales("inject_write_backward", written).items()}
     return found | {6 + len(streams): ((stream.abs() + out.abs()) * d1 / steep).square().sum().sqrt()}
 
 

@@ -66,7 +66,9 @@ def assert_layer_parity(x: Tensor, dout: Tensor) -> None:
     rstd = backward[-1]
     assert_parity("layer_norm", "cpu", forward, {1: 1 / rstd.double().min()} if x.numel() else {})
     terms = (dout.double() * backward[2].double() * rstd).abs().max() if x.numel() else torch.tensor(0.0)
-    products = (dout.double() * (x.double() - backward[4]) * rstd).reshape(-1, x.shape[-1]).norm(dim=0).max()
+    # Of x̂ at least one: x and the mean, which it is the difference of, are not exact.
+    normalized = ((x.double() - backward[4]) * rstd).abs().clamp(min=1)
+    products = (dout.double() * normalized).reshape(-1, x.shape[-1]).norm(dim=0).max()
     assert_parity("layer_norm_backward", "cpu", backward, {0: terms, 1: products})
 
 
@@ -189,8 +191,10 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
 
 
 def test_every_op_of_the_network_has_a_cpu_kernel() -> None:
-    exact = {"pack_bits", "unpack_bits", "to_fixed", "from_fixed", "fixed_add", "fixed_couple", "fixed_decouple", "fixed_uncouple"}
-    assert {name for name, op in registry.OPS.items() if "cpu" not in op.implementations} == exact
+    missing = {name for name, op in registry.OPS.items() if "cpu" not in op.implementations}
+    assert missing == {"pack_bits", "unpack_bits", "to_fixed", "from_fixed"} | {
+        f"fixed_{name}" for name in ("add", "couple", "decouple", "uncouple")
+    }
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
