@@ -29,9 +29,16 @@ def as_read(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).contiguous()
 
 
+def _check_groups(x: Tensor, groups: int) -> None:
+    """PyTorch's group norm divides by what it is given."""
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: {groups} does not divide the {x.shape[1]} channels of x")
+
+
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_groups(x, groups)
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     out, mean, rstd = torch.native_group_norm(
@@ -45,6 +52,7 @@ def group_norm_silu_reference(
 def group_norm_silu_backward_reference(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_groups(x, groups)
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     spatial = (1,) * (x.ndim - 2)
@@ -124,8 +132,7 @@ def group_norm_silu(
         ValueError: C is not a multiple of `groups`, or weight and bias are not (C,).
     """
     C = x.shape[1]
-    if groups < 1 or C % groups:
-        raise ValueError(f"groups: {groups} does not divide the {C} channels of x")
+    _check_groups(x, groups)
     if weight.shape != (C,) or bias.shape != (C,):
         found = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
         raise ValueError(f"{found} must both be ({C},), as x has {C} channels")
