@@ -176,7 +176,7 @@ def test_plain_autograd_spends_the_277_tflop_of_the_published_network(setting_s:
 @pytest.mark.slow
 def test_network_leaves_norms_gates_couplings_and_sensing_to_the_ops(setting_s: dict[str, StepCount]) -> None:
     calls = setting_s["two_level"].calls
-    for name in ("couple", "uncouple", "project_step", "gram", "measure", "adjoint", "inject_read", "inject_write"):
+    for name in ("couple", "uncouple", "project_step", "gram", "measure", "adjoint", "inject_read", "inject_couple"):
         assert calls[f"idm_fast.{name}"] > 0
     assert calls["idm_fast.group_norm_silu"] > 0 and calls["idm_fast.layer_norm"] > 0
     for name in ("native_group_norm", "native_layer_norm", "silu", "silu_", "gelu", "lerp", "index_select", "index_copy"):

@@ -78,7 +78,7 @@ def test_steps_that_fail_leave_no_tensor_behind(layer: int, fails_in: int) -> No
     before = tensors_alive()
     for _ in range(3):
         step(net)
-    assert tensors_alive() == before
+    assert tensors_alive() <= before, "fewer are another test's, let go in the meantime"
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
