@@ -22,7 +22,6 @@ def test_choosing_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_missing_implementation_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(registry, "NEVER_AUTOMATIC", registry.NEVER_AUTOMATIC - {("cpu", "cpu")})
     monkeypatch.setattr(native, "load_cpu", lambda: "no C++ compiler was found")
     monkeypatch.setattr(registry, "_logged", set())
     for name in ("couple", "geglu"):
@@ -82,7 +81,6 @@ def test_use_is_a_context_manager_that_puts_the_choice_back() -> None:
 
 
 def test_an_added_implementation_is_taken_automatically_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "NEVER_AUTOMATIC", registry.NEVER_AUTOMATIC - {("cpu", "cpu")})
     op = registry.OPS["geglu"]
     monkeypatch.setitem(op.implementations, "cpu", (lambda h: torch.full_like(h[..., ::2], 7.0), ("cpu",)))
     monkeypatch.delitem(registry.OPS["couple"].implementations, "cpu", raising=False)
