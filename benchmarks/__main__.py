@@ -1,7 +1,8 @@
 """The benchmark suite: `python -m benchmarks --device cpu|cuda [--quick] [--only CASE …] --out DIR`.
 
 Writes one JSON a case with every sample, a Markdown file and PNGs a case, and `report.html`. Every case runs in a process of
-its own, under a time limit: one that fails or hangs is said to have, and the others go on. Other commands:
+its own, under a time limit: one that fails or hangs is said to have, and the others go on. All of them have --minutes; what
+does not fit is said to be left out. On a GPU the native extension is built first, where there is an nvcc. Other commands:
 
     python -m benchmarks list               the cases and their questions
     python -m benchmarks compare A B        what moved between two runs; exit code 1 on a regression
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,16 @@ from pathlib import Path
 
 from benchmarks import compare, report
 from benchmarks.case import Case, Context, Result, load_cases
+from benchmarks.machine import ROOT
+
+MINUTES = {("cpu", True): 6.0, ("cpu", False): 60.0, ("cuda", True): 9.0}
+"""(device, quick) → how long a run may take, all told."""
+DRAWING = 20
+"""Seconds of these that are kept for tables, plots and the page."""
+BUILDING = 240
+"""Seconds after which the build is given up."""
+TOO_SHORT = 10
+"""A case with less than this many seconds left isn't started."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,19 +57,36 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     cases = load_cases()
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples: minutes instead of an hour")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples")
     parser.add_argument("--only", nargs="+", choices=list(cases), metavar="CASE", help=f"of {', '.join(cases)}")
     parser.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
+    limits = ", ".join(f"{minutes:g} {'quickly ' * quick}on {device}" for (device, quick), minutes in MINUTES.items())
+    parser.add_argument("--minutes", type=float, metavar="M", help=f"for all cases together (default: {limits})")
     parser.add_argument("--one", choices=list(cases), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = options.device or _device()
     if device == "cuda" and _device() != "cuda":
         parser.error("--device cuda: PyTorch sees no GPU here; --device cpu counts what a GPU would do, and times the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
-        return _run_here(cases[options.one], Context(device, options.quick), options.out)
+        context = Context(device, options.quick, options.seconds or float("inf"))
+        return _run_here(cases[options.one], context, options.out)
     chosen = [case for case in cases.values() if device in case.devices and case.name in (options.only or cases)]
-    failed = [case.name for case in chosen if not _run_in_process(case, Context(device, options.quick), options.out)]
+    minutes = options.minutes or MINUTES.get((device, options.quick), float("inf"))
+    end = time.monotonic() + 60 * minutes - DRAWING
+    if device == "cuda":
+        print(build_extension(), flush=True)
+    failed = []
+    for case in chosen:
+        left = end - time.monotonic()
+        context = Context(device, options.quick, min(left, case.seconds[0 if options.quick else 1]))
+        if left < TOO_SHORT:
+            reason = f"left out: the {minutes:g} minutes of this run were over"
+            print(f"{case.name}: {reason}", flush=True)
+            _write(case, context, Result(failures=[reason]), 0.0, options.out / f"{case.name}.json")
+        if left < TOO_SHORT or not _run_in_process(case, context, options.out):
+            failed.append(case.name)
     _draw(options.out)
     print(f"{options.out / 'report.html'}: {len(chosen) - len(failed)} of {len(chosen)} cases")
     return 1 if failed else 0
@@ -69,21 +98,43 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def build_extension() -> str:
+    """Build C++ and CUDA kernels into this checkout, for the GPU that is here; what came of it, in a line.
+
+    Repeats only what changed since the last build. A failure is said, and the cases run with what there is.
+    """
+    import torch
+
+    if not (shutil.which("nvcc") or any(os.environ.get(name) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"))):
+        return "native extension: not built, there is no nvcc here"
+    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    environment = {"TORCH_CUDA_ARCH_LIST": architecture, "IDM_FAST_BUILD": "cuda"} | os.environ
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=BUILDING, check=False)
+    except subprocess.TimeoutExpired:
+        return f"native extension: FAILED, not built in {BUILDING} s"
+    last = next((line for line in reversed((done.stdout + done.stderr).splitlines()) if line.strip()), "without a word")
+    verdict = f"FAILED ({last.strip()})" if done.returncode else "built"
+    return f"native extension: {verdict} for {environment['TORCH_CUDA_ARCH_LIST']} in {time.perf_counter() - started:.0f} s"
+
+
 def _run_in_process(case: Case, context: Context, out: Path) -> bool:
     """Whether the case left a result."""
     print(f"{case.name}: {case.question}", flush=True)
     target = out / f"{case.name}.json"
     target.unlink(missing_ok=True)
-    limit = case.seconds[0 if context.quick else 1]
     command = [sys.executable, "-m", "benchmarks", "--device", context.device, "--out", str(out), "--one", case.name]
+    command += ["--seconds", f"{context.seconds:.0f}"]
     started = time.perf_counter()
     # A session of its own, so that the processes that a case starts end with it.
     process = subprocess.Popen([*command, *(["--quick"] if context.quick else [])], start_new_session=True)
     try:
-        code = process.wait(limit)
+        code = process.wait(context.seconds)
         reason = None if code == 0 else f"its process ended with code {code}"
     except subprocess.TimeoutExpired:
-        reason = f"stopped after {limit} s"
+        reason = f"stopped after {context.seconds:.0f} s"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -132,10 +132,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Context:
-    """How a case is run: "cpu" or "cuda", and quickly (few sizes, few samples) or fully."""
+    """How a case is run: "cpu" or "cuda", quickly (few sizes, few samples) or fully, and the seconds after which it ends."""
 
     device: str
     quick: bool
+    seconds: float = float("inf")
 
     def check(self, what: str, error: float, bound: float) -> None:
         """WrongResult unless `error` ≤ `bound`; NaN fails as well."""

@@ -23,6 +23,7 @@ PUBLISHED_FACTOR = 14.54
 IDM_CALLS, DDNM_CALLS = 3, 100
 DDNM_NAME, AS_PUBLISHED = "DDNM, float32", "IDM, float32, eager"
 RATIO = 0.1
+SIZES_ON_GPU = (256, 512)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run(context: Context) -> Result:
     latencies: dict[str, list[tuple[Cell, float]]] = {}
     factors: list[str] = []
     on_gpu = context.device == "cuda"
-    sizes = (256, 512) if on_gpu else (32,) if context.quick else (64, 256)
+    sizes = SIZES_ON_GPU if on_gpu else (32,) if context.quick else (64, 256)
     models = networks(context)
     for size in sizes:
         for batch in (1, 8) if on_gpu and not context.quick else (1,):

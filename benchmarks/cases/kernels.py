@@ -71,6 +71,7 @@ def arguments(level: Level, device: str) -> dict[str, tuple[Any, ...]]:
     read, write = draw(1, planes, 1, 1), draw(planes, 3, 1, 1)
     weight, bias = draw(C), draw(C)
     stream, F, d1 = draw(*features), draw(*features, dtype=body), draw(*features)
+    h = draw(*features)  # an injector reads a stream as it is
     tokens, hidden = draw(B, s * s, C), draw(B, s * s, 8 * C, dtype=body)
     statistics = OPS["group_norm_silu"].overload(stream, weight, bias, 32, 1e-5, True, body)[1:]
     layer = OPS["layer_norm"].overload(tokens, weight, bias, 1e-5, body)[1:]
@@ -90,14 +91,14 @@ def arguments(level: Level, device: str) -> dict[str, tuple[Any, ...]]:
         "layer_norm_backward": (draw(B, s * s, C, dtype=body), tokens, weight, bias, *layer),
         "geglu": (hidden,),
         "geglu_backward": (draw(B, s * s, 4 * C, dtype=body), hidden),
-        "inject_read": (F, read, draw(1), r),
-        "inject_read_backward": (x, F, read, r, draw(*features, dtype=body)),
-        "inject_write": (F, *images, write, draw(planes), r),
-        "inject_write_backward": (F, *images, write, r),
-        "inject_couple": (F, *images, write, draw(planes), stream, v, r),
-        "inject_couple_backward": (d1, F, *images, write, draw(planes), stream, v, r),
-        "inject_uncouple": (stream, d1, F, *images, write, draw(planes), v, r),
-        "inject_uncouple_": (stream.clone(), d1, F, *images, write, draw(planes), v.clone(), r),
+        "inject_read": (h, read, draw(1), r),
+        "inject_read_backward": (x, h, read, r, draw(*features)),
+        "inject_write": (h, *images, write, draw(planes), r),
+        "inject_write_backward": (d1, *images, write, r),
+        "inject_couple": (h, *images, write, draw(planes), stream, v, r),
+        "inject_couple_backward": (d1, h, *images, write, draw(planes), stream, v, r),
+        "inject_uncouple": (stream, d1, h, *images, write, draw(planes), v, r),
+        "inject_uncouple_": (stream.clone(), d1, h, *images, write, draw(planes), v.clone(), r),
         "measure": (x, *operator),
         "adjoint": (y, *operator, *image_size),
         "gram": (x, *operator),

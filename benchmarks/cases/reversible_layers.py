@@ -124,8 +124,8 @@ def behaviour_table(answers: dict[str, dict[str, str]]) -> Table:
         "As plain autograd does it? Each behaviour run with each library",
         ["behaviour", *map(named, answers)],
         rows,
-        "yes: the gradients of plain autograd in float32. Dropout: 0.5 in every body. DDP: one process, one body shared by four"
-        f" layers; gradients that go wrong only between processes do not show. "
+        "yes: the gradients of plain autograd in float32. Dropout: 0.5 in every body. DDP: two processes with an image each, "
+        "one body shared by four layers. "
         f"{CHECKPOINT}: use_reentrant=False, a pair of bodies at a time.",
     )
 

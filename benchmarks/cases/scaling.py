@@ -22,6 +22,13 @@ from idm_fast import IDM
 from idm_fast.memory.count import GIB, StepCount
 
 NAMES = (PLAIN, PUBLISHED, LEAN)
+AXES = {
+    ("cuda", True): ((128, 256, 512), (1, 3, 5)),
+    ("cuda", False): ((128, 256, 512, 1024), (1, 2, 3, 5, 7, 10)),
+    ("cpu", True): ((64, 128), (1, 2)),
+    ("cpu", False): ((64, 96, 128, 192, 256), (1, 2, 3, 5, 7, 10)),
+}
+"""(device, quick) → the sides of an image and the T."""
 PROCESSES = 2
 SPARE = 3 * GIB
 """Of a GPU's memory, for parameters, gradients and the libraries' own buffers."""
@@ -32,12 +39,8 @@ def scaling(context: Context) -> Result:
     """Full width at batch 1 on a GPU; on a CPU a narrow network."""
     result, full = Result(), not context.quick
     names = [name for name in NAMES if result.attempt(name, lambda name=name: check_gradients(context, name)) is not None]
-    if context.device == "cuda":
-        base, autocast = Setting(3, 1, 256), torch.bfloat16
-        sizes, steps = ((128, 256, 512, 1024), (1, 2, 3, 5, 7, 10)) if full else ((128, 256, 512), (1, 3, 5))
-    else:
-        base, autocast = Setting(1, 1, 64, SMALL), None
-        sizes, steps = ((64, 96, 128, 192, 256), (1, 2, 3, 5, 7, 10)) if full else ((64, 128), (1, 2))
+    base, autocast = (Setting(3, 1, 256), torch.bfloat16) if context.device == "cuda" else (Setting(1, 1, 64, SMALL), None)
+    sizes, steps = AXES[context.device, context.quick]
     seconds = 60.0 if full else 4.0
     with counters() as submit:
         axes = {"size": {v: base.with_(size=v) for v in sizes}, "steps": {v: base.with_(steps=v) for v in steps}}

@@ -16,8 +16,8 @@ BACKENDS = {
 """By name, in PyTorch's usual order. All but the last never hold the (N, N) probabilities."""
 
 FASTEST: dict[tuple[str, int], str] = {}
-"""(device as `device_name` gives it, d) → the kernel that `python -m benchmarks.attention` found fastest there, forward and
-backward in bfloat16. Where there is no entry, PyTorch chooses."""
+"""(device as `device_name` gives it, d) → the kernel that `python -m benchmarks --only attention` found fastest there, forward
+and backward in bfloat16. Where there is no entry, PyTorch chooses."""
 
 
 def device_name(device: torch.device) -> str:

@@ -20,8 +20,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _dense(t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """`t` in `dtype` as PyTorch's group norm takes it: dense, NHWC on the CPU alone and where x is."""
-    last = x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
-    return t.to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if x.ndim != 4 or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+        return t.to(dtype).contiguous()
+    # The stride of a dimension of size 1 may be anything, and is compared all the same.
+    _, C, H, W = t.shape
+    return t.to(dtype).contiguous(memory_format=torch.channels_last).as_strided(t.shape, (C * H * W, 1, W * C, C))
 
 
 def as_read(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,9 +75,12 @@ def test_every_network_of_additive_couplings_is_one_function() -> None:
         torch.testing.assert_close(peers.build(who, bodies)(x), torch.cat([x1, x2], 1))
 
 
-@pytest.mark.parametrize("name", ["gradients right", "dropout", "autocast put back", "torch.autograd.grad", "input read again"])
+OURS_HAS = ["gradients right", "dropout", "autocast put back", "torch.autograd.grad", "input read again", "DDP, shared weights"]
+
+
+@pytest.mark.parametrize("name", OURS_HAS)
 def test_ours_trains_as_plain_autograd_does(name: str) -> None:
-    assert peers.BEHAVIOURS[name](peers.OURS) == "yes"
+    assert peers.forked(lambda: peers.BEHAVIOURS[name](peers.OURS)) == "yes"
 
 
 class RecomputedWithoutState(torch.nn.Module):

@@ -236,11 +236,13 @@ def test_inject_is_the_published_pair_of_convolutions(r: int) -> None:
 
 
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "one image, channels last", "strided", "expanded"])
 def test_group_norm_silu_is_its_two_modules_in_any_layout(silu: bool, layout: str) -> None:
     x = draw(2, 6, 7, 10).detach()
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "one image, channels last":
+        x = draw(7, 10, 6, 1).detach().permute(3, 2, 0, 1)  # its first stride is 1
     elif layout == "strided":
         x = x[..., ::2]
     elif layout == "expanded":
@@ -248,7 +250,9 @@ def test_group_norm_silu_is_its_two_modules_in_any_layout(silu: bool, layout: st
     weight, bias = draw(6), draw(6, seed=1)
     expected = F.group_norm(x, 3, weight, bias)
     expected = F.silu(expected) if silu else expected
-    torch.testing.assert_close(ops.group_norm_silu(x, weight, bias, 3, silu=silu), expected)
+    for implementation in ("reference", None):
+        with ops.use(implementation):
+            torch.testing.assert_close(ops.group_norm_silu(x, weight, bias, 3, silu=silu), expected)
 
 
 def test_group_norm_silu_keeps_its_digits_on_a_mean_of_100_and_a_deviation_of_a_hundredth() -> None:
