@@ -8,13 +8,31 @@
 
 namespace idm::cpu::IDM_ISA {
 
+// Takes sums of runs, in S, lane by lane: in double from run to run, as sums lose digits while they grow.
+template <class S>
+struct WideSum {
+  double lanes[LANES<S>] = {};
+
+  IDM_INLINE void add(Vector<S> run) {
+    S of_run[LANES<S>];
+    store_vector(of_run, run);
+    for (int lane = 0; lane < LANES<S>; ++lane) lanes[lane] += static_cast<double>(of_run[lane]);
+  }
+
+  IDM_INLINE double total() {
+    for (int half = LANES<S> / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+  }
+};
+
 // totals[n] += Σ terms[n] over i < count, where add(a[i], b[i], terms) adds to N terms; a and b come as numbers or as vectors.
-// Many sums side by side, or each addition would wait for the one before; in double from block to block, as sums lose digits
-// while they grow.
+// Many sums side by side, or each addition would wait for the one before.
 template <int N, class S, class Add>
 IDM_INLINE void sum_pairs(const S* a, const S* b, int64_t count, double (&totals)[N], const Add& add) {
   constexpr int SIDE_BY_SIDE = 4, STEP = SIDE_BY_SIDE * LANES<S>;
   constexpr int64_t BLOCK = 16 * STEP;
+  WideSum<S> wide[N];
   for (int64_t begin = 0; begin < count; begin += BLOCK) {
     const int64_t end = begin + BLOCK < count ? begin + BLOCK : count;
     Vector<S> sums[SIDE_BY_SIDE][N] = {};
@@ -27,15 +45,11 @@ IDM_INLINE void sum_pairs(const S* a, const S* b, int64_t count, double (&totals
     for (; i + LANES<S> <= end; i += LANES<S>) add(load_vector(a + i), load_vector(b + i), sums[0]);
     for (; i < end; ++i) add(a[i], b[i], rest);
     for (int n = 0; n < N; ++n) {
-      S lanes[LANES<S>];
-      double wide[LANES<S>];
-      store_vector(lanes, (sums[0][n] + sums[1][n]) + (sums[2][n] + sums[3][n]));
-      for (int lane = 0; lane < LANES<S>; ++lane) wide[lane] = static_cast<double>(lanes[lane]);
-      for (int half = LANES<S> / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) wide[lane] += wide[lane + half];
-      totals[n] += wide[0] + static_cast<double>(rest[n]);
+      wide[n].add((sums[0][n] + sums[1][n]) + (sums[2][n] + sums[3][n]));
+      totals[n] += static_cast<double>(rest[n]);
     }
   }
+  for (int n = 0; n < N; ++n) totals[n] += wide[n].total();
 }
 
 // Mean of `count` numbers and Σ (x − mean)².
