@@ -6,7 +6,9 @@
 #include "../formulas/coupling.h"
 #include "../formulas/injector.h"
 
+#include <cstddef>
 #include <initializer_list>
+#include <type_traits>
 
 #include "convert.h"
 #include "moments.h"
@@ -15,7 +17,7 @@ namespace idm::cpu::IDM_ISA {
 
 namespace {
 
-constexpr int64_t STRIP = 2048;  // elements, at most
+constexpr int64_t STRIP = 4096;  // elements, at most
 
 // Vectors over which sums run before they go on in double.
 constexpr int64_t RUN = 16;
@@ -193,6 +195,39 @@ void inject_read(const InjectArguments& a, ParallelFor loop) {
   });
 }
 
+namespace {
+
+// dh = w·dz + more, which may be null; gives Σ h·dz.
+template <class S, class More>
+IDM_INLINE double read_gradient(const S* dz, const S* h, S w, More more, int64_t n, S* dh) {
+  constexpr int SIDE_BY_SIDE = 2, STEP = SIDE_BY_SIDE * LANES<S>;
+  constexpr bool THROUGH = !std::is_same_v<More, std::nullptr_t>;
+  WideSum<S> products;
+  double rest = 0;
+  for (int64_t begin = 0; begin < n; begin += RUN * STEP) {
+    const int64_t end = begin + RUN * STEP < n ? begin + RUN * STEP : n;
+    Vector<S> run[SIDE_BY_SIDE] = {};
+    int64_t k = begin;
+    for (; k + STEP <= end; k += STEP)
+      for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+        const int64_t at = k + i * LANES<S>;
+        const Vector<S> d = load_vector(dz + at);
+        run[i] += d * load_vector(h + at);
+        if constexpr (THROUGH) store_vector(dh + at, w * d + load_vector(more + at));
+        else store_vector(dh + at, w * d);
+      }
+    products.add(run[0] + run[1]);
+    for (; k < end; ++k) {
+      rest += static_cast<double>(dz[k] * h[k]);
+      if constexpr (THROUGH) dh[k] = w * dz[k] + more[k];
+      else dh[k] = w * dz[k];
+    }
+  }
+  return products.total() + rest;
+}
+
+}  // namespace
+
 void inject_read_backward(const InjectArguments& a, ParallelFor loop) {
   with_accumulate(a.dtype, [&](auto accumulate) {
     using S = decltype(accumulate);
@@ -205,24 +240,15 @@ void inject_read_backward(const InjectArguments& a, ParallelFor loop) {
     parallel(loop, rows.count(), 1, [&](int64_t index) {
       const Strip strip(rows, index);
       const int64_t n = strip.n;
-      Scratch<S> room(n), result_room(n);
+      Scratch<S> room(2 * n), result_room(n);
       const S* dz = image + strip.image;
       double* sums = parts + index * (a.channels + 1);
       for (int64_t c = 0; c < a.channels; ++c) {
         const S w = static_cast<const S*>(a.weight)[c];
-        double of_weight[1] = {};
-        sum_pairs(features.read(strip.at(c), n, room), dz, n, of_weight,
-                  [](auto h, auto d, auto* terms) IDM_LAMBDA_INLINE { terms[0] += h * d; });
-        sums[c] = of_weight[0];
+        const S *h = features.read(strip.at(c), n, room);
+        const S* more = a.through != nullptr ? through.read(strip.at(c), n, room + n) : nullptr;
         S* dh = gradient.place(strip.at(c), result_room);
-        if (a.through != nullptr) {
-          const S* more = through.read(strip.at(c), n, room);
-          IDM_VECTOR_LOOP
-          for (int64_t k = 0; k < n; ++k) dh[k] = w * dz[k] + more[k];
-        } else {
-          IDM_VECTOR_LOOP
-          for (int64_t k = 0; k < n; ++k) dh[k] = w * dz[k];
-        }
+        sums[c] = more != nullptr ? read_gradient(dz, h, w, more, n, dh) : read_gradient(dz, h, w, nullptr, n, dh);
         gradient.write(strip.at(c), n, dh);
       }
       double of_bias[1] = {};
