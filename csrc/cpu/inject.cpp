@@ -206,7 +206,8 @@ IDM_INLINE double read_gradient(const S* dz, const S* h, S w, More more, int64_t
   double rest = 0;
   for (int64_t begin = 0; begin < n; begin += RUN * STEP) {
     const int64_t end = begin + RUN * STEP < n ? begin + RUN * STEP : n;
-    Vector<S> run[SIDE_BY_SIDE] = {};
+    Vector<S> run[SIDE_BY_SIDE];
+    for (int i = 0; i < SIDE_BY_SIDE; ++i) run[i] = Vector<S>{};
     int64_t k = begin;
     for (; k + STEP <= end; k += STEP)
       for (int i = 0; i < SIDE_BY_SIDE; ++i) {
@@ -297,7 +298,9 @@ IDM_INLINE void write_gradient(const S* const* d, const S* weight, const S* imag
   WideSum<S> wide[CHANNELS][4];
   for (int64_t begin = 0; begin < n; begin += RUN * LANES<S>) {
     const int64_t end = begin + RUN * LANES<S> < n ? begin + RUN * LANES<S> : n, whole = end - (end - begin) % LANES<S>;
-    Vector<S> run[CHANNELS][4] = {};
+    Vector<S> run[CHANNELS][4];
+    for (int c = 0; c < CHANNELS; ++c)
+      for (int s = 0; s < 4; ++s) run[c][s] = Vector<S>{};
     for (int64_t k = begin; k < whole; k += LANES<S>) {
       Vector<S> pixels[3], gradients[3];
       for (int s = 0; s < 3; ++s) {

@@ -152,7 +152,8 @@ void layer_norm_backward(const LayerNormArguments& a, ParallelFor loop) {
         WideSum<S> of_output[R], of_slope[R];
         for (int64_t begin = 0; begin < norm.padded; begin += RUN * LANES<S>) {
           const int64_t end = begin + RUN * LANES<S> < norm.padded ? begin + RUN * LANES<S> : norm.padded;
-          Vector<S> outputs[R] = {}, slopes[R] = {};
+          Vector<S> outputs[R], slopes[R];
+          for (int r = 0; r < R; ++r) outputs[r] = slopes[r] = Vector<S>{};
           for (int64_t i = begin; i < end; i += LANES<S>) {
             const Vector<S> w = load_vector(weight + i);
             Vector<S> to_weight = load_vector(dweight + i), to_bias = load_vector(dbias + i);

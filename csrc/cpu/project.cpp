@@ -8,8 +8,8 @@
 
 #include <math.h>
 
+#include "moments.h"
 #include "rows.h"
-#include "vector.h"
 
 namespace idm::cpu::IDM_ISA {
 
@@ -43,10 +43,12 @@ struct Operator {
   }
 };
 
-// out[r] += Σ_k A[r·across + k·along]·lines[k] for R rows r and `terms` terms.
+// out[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r and `terms` terms; added to what is there with `add`.
 template <int R, class S>
-IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, S* out) {
-  Vector<S> sums[R][2] = {};
+IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, bool add, S* out) {
+  Vector<S> sums[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vector<S>{};
   for (int64_t k = 0; k < terms; ++k) {
     const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
 #pragma GCC unroll 16
@@ -59,8 +61,8 @@ IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lin
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     S* line = out + r * TILE<S>;
-    store_vector(line, load_vector(line) + sums[r][0]);
-    store_vector(line + LANES<S>, load_vector(line + LANES<S>) + sums[r][1]);
+    store_vector(line, add ? load_vector(line) + sums[r][0] : sums[r][0]);
+    store_vector(line + LANES<S>, add ? load_vector(line + LANES<S>) + sums[r][1] : sums[r][1]);
   }
 }
 
@@ -81,11 +83,10 @@ IDM_INLINE void by_blocks(int64_t first, int64_t count, const Each& each) {
 // measurements = Φᵀ·Xᵀ. Φ goes by in bands of rows, as it lies in memory; a row of the product is a column of Φ.
 template <class S>
 void times_matrix(const Operator<S>& op, const S* pixels, S* measurements) {
-  std::memset(measurements, 0, op.q * TILE<S> * sizeof(S));
   for (int64_t begin = 0; begin < op.N; begin += DEPTH) {
     const int64_t terms = begin + DEPTH < op.N ? DEPTH : op.N - begin;
     by_blocks<BLOCK>(0, op.q, [&](int64_t j, auto count) {
-      multiply<decltype(count)::value>(op.matrix + begin * op.q + j, 1, op.q, pixels + begin * TILE<S>, terms,
+      multiply<decltype(count)::value>(op.matrix + begin * op.q + j, 1, op.q, pixels + begin * TILE<S>, terms, begin > 0,
                                        measurements + j * TILE<S>);
     });
   }
@@ -96,10 +97,13 @@ template <class S, class Take>
 IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, const Take& take) {
   by_blocks<BLOCK>(0, op.N, [&](int64_t n, auto count) {
     constexpr int R = decltype(count)::value;
-    alignas(64) S lines[R * TILE<S>] = {};
-    for (int64_t begin = 0; begin < op.q; begin += DEPTH)
+    alignas(64) S lines[R * TILE<S>];
+    int64_t begin = 0;
+    do {  // once at least: without measurements the pixels are zero
       multiply<R>(op.matrix + n * op.q + begin, op.q, 1, measurements + begin * TILE<S>,
-                  begin + DEPTH < op.q ? DEPTH : op.q - begin, lines);
+                  begin + DEPTH < op.q ? DEPTH : op.q - begin, begin > 0, lines);
+      begin += DEPTH;
+    } while (begin < op.q);
     take(n, R, lines);
   });
 }
