@@ -24,6 +24,7 @@ from benchmarks.contenders import (
     PLAIN,
     PLANNED,
     PUBLISHED,
+    SINGLE,
     SMALL,
     Setting,
     Step,
@@ -43,6 +44,7 @@ from benchmarks.timing import take_turns
 from idm_fast import IDM
 from idm_fast.memory.count import GIB, StepCount
 from idm_fast.memory.schedule import Schedule
+from idm_fast.models.idm import TINY
 from idm_fast.ops import registry
 
 COMPILED = (PLAIN, FLAT)
@@ -78,7 +80,32 @@ def training_step(context: Context) -> Result:
         few = (PLAIN, PUBLISHED, LEAN, FLAT)
         part("narrow", Setting(2, 2, 64, SMALL), CONTENDERS if full else few, None, 120 if full else 10, full)
         part("full width", Setting(3 if full else 1, 1, 32), CONTENDERS if full else few[:3], None, 300 if full else 10, False)
+    result.attempt("IDM.tiny", lambda: compare_ops(context, result, 60 if full else 10))
     return result
+
+
+def compare_ops(context: Context, result: Result, seconds: float) -> None:
+    """A step of `IDM.tiny` under its default schedule with each implementation behind the ops, in turns."""
+    setting, what = Setting(3, 2, 96, TINY), "IDM.tiny"
+    choices: list[str | None] = [*implementations(context.device), None]
+    if len(choices) < 3:
+        return
+    step = Step(IDM(steps=setting.steps, **setting.options), setting, context.device, None)
+
+    def under(choice: str | None) -> None:
+        with registry.use(choice):
+            step()
+
+    under("reference")
+    expected = gradients_of(step)
+    for choice in choices:
+        under(choice)
+        context.check(f"{what}: the gradient, {choice or 'automatic'} ops", total_error(gradients_of(step), expected), SINGLE)
+    times = take_turns({choice or "automatic": partial(under, choice) for choice in choices}, context.device, seconds, least=5)
+    medians = {n: result.samples(f"{what}: {n} ops, {setting}", "s", times[n]).median for n in times}
+    rows: list[list[Cell]] = [[n, value, medians["reference"] / value] for n, value in medians.items()]
+    note = f"Medians of {len(times['reference'])} turns, {torch.get_num_threads()} threads."
+    result.tables.append(Table(f"One training step of {what}: {setting}", ["ops", "s a step", "× eager"], rows, note))
 
 
 def compare(

@@ -1,6 +1,6 @@
 // couple, decouple, couple_backward, uncouple on the CPU: one pass over memory each.
 #include "../formulas/coupling.h"
-#include "kernels.h"
+#include "moments.h"
 
 namespace idm::cpu::IDM_ISA {
 
@@ -75,33 +75,18 @@ void gradient(const CoupleArguments& a, ParallelFor loop) {
     S* dx2 = static_cast<S*>(a.dx2);
     const S v = static_cast<S>(a.v);
     over_chunks(a.count, loop, [&](int64_t chunk, int64_t begin, int64_t end) {
-      // Sums side by side, or the loop would wait for each addition; eight terms each and then on in double, as sums lose
-      // digits while they grow.
-      constexpr int LANES = 32;
-      constexpr int64_t RUN = 8 * LANES;
-      double totals[LANES] = {};
-      const auto element = [&](int64_t i, S& lane) IDM_LAMBDA_INLINE {
+      double of_chunk[1];
+      sum<S>(end - begin, of_chunk, [=](int64_t offset, S* term) IDM_LAMBDA_INLINE {
+        const int64_t i = begin + offset;
         const S f = static_cast<S>(load(F[i])), d = d1[i];
         const S x2 = RECOVER ? idm::decouple(given[i], f, v) : given[i];
         const CoupleGradient<S> g = couple_gradient(d, f, x2, v);
         if (RECOVER) x2_out[i] = x2;
         dF[i] = Store<T>::of(g.dF);
         dx2[i] = g.dx2;
-        lane += g.dv;
-      };
-      for (int64_t i = begin; i < end;) {
-        const int64_t stop = i + RUN < end ? i + RUN : end;
-        S lanes[LANES] = {};
-        for (; i + LANES <= stop; i += LANES) {
-          IDM_VECTOR_LOOP
-          for (int lane = 0; lane < LANES; ++lane) element(i + lane, lanes[lane]);
-        }
-        for (int lane = 0; i < stop; ++i, ++lane) element(i, lanes[lane]);
-        for (int lane = 0; lane < LANES; ++lane) totals[lane] += lanes[lane];
-      }
-      double sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += totals[lane];
-      sums[chunk] = sum;
+        term[0] = g.dv;
+      });
+      sums[chunk] = of_chunk[0];
     });
   });
   double dv = 0;

@@ -50,11 +50,17 @@ struct ProjectArguments {
 //     bias_out
 //   inject_write: h, z, gz, aty, weight, bias → h_out
 //   inject_write_backward: h (dout), z, gz, aty, weight → z_out, gz_out, aty_out, weight_out, bias_out
+// With the coupling behind inject_write, whose streams have h's shape and are in `stream`, float32 or float64; v is one number:
+//   inject_couple: as inject_write, x2 → y1_out
+//   inject_couple_backward: d1, as inject_write, x2 → h_out, dx2, dv, and the outputs of inject_write_backward
+//   inject_uncouple: y1, d1, as inject_write → x2_out (may be y1), and the outputs of inject_couple_backward
 struct InjectArguments {
-  Dtype dtype;
+  Dtype dtype, stream;
   int64_t images, channels, height, width, r;
-  const void *h, *z, *gz, *aty, *weight, *bias, *through;
-  void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out;
+  double v;
+  const void *h, *z, *gz, *aty, *weight, *bias, *through, *x2, *y1, *d1;
+  void *h_out, *z_out, *gz_out, *aty_out, *weight_out, *bias_out, *y1_out, *x2_out, *dx2;
+  double* dv;  // one element
 };
 
 // Dense; h (rows, 2·width), value and gate; out and dout (rows, width), out in `dtype` as h is.
@@ -105,6 +111,9 @@ struct LayerNormArguments {
   EACH(inject_read_backward, InjectArguments)        \
   EACH(inject_write, InjectArguments)                \
   EACH(inject_write_backward, InjectArguments)       \
+  EACH(inject_couple, InjectArguments)               \
+  EACH(inject_couple_backward, InjectArguments)      \
+  EACH(inject_uncouple, InjectArguments)             \
   EACH(group_norm_silu, GroupNormArguments)          \
   EACH(group_norm_silu_backward, GroupNormArguments) \
   EACH(layer_norm, LayerNormArguments)               \

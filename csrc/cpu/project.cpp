@@ -8,8 +8,8 @@
 
 #include <math.h>
 
+#include "moments.h"
 #include "rows.h"
-#include "vector.h"
 
 namespace idm::cpu::IDM_ISA {
 
@@ -20,6 +20,9 @@ constexpr int64_t CHUNK = 16384;
 
 // Rows of Φ or Φᵀ at a time: their sums, two lines each, take three quarters of the registers.
 constexpr int BLOCK = VECTOR_REGISTERS * 3 / 8;
+
+// Terms after which a running sum is ended: it loses digits as it grows.
+constexpr int64_t DEPTH = 64;
 
 template <class S>
 constexpr int TILE = 2 * LANES<S>;
@@ -40,53 +43,69 @@ struct Operator {
   }
 };
 
-// out[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r. A running sum is ended every DEPTH terms: it loses digits as it grows.
+// out[r] = Σ_k A[r·across + k·along]·lines[k] for R rows r and `terms` terms; added to what is there with `add`.
 template <int R, class S>
-IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, S (&out)[R][TILE<S>]) {
-  constexpr int64_t DEPTH = 64;
-  std::memset(out, 0, sizeof out);
-  for (int64_t begin = 0; begin < terms; begin += DEPTH) {
-    const int64_t end = begin + DEPTH < terms ? begin + DEPTH : terms;
-    Vector<S> sums[R][2] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
+IDM_INLINE void multiply(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, bool add, S* out) {
+  Vector<S> sums[R][2];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const S a = A[r * across + k * along];
-        sums[r][0] += a * left;
-        sums[r][1] += a * right;
-      }
-    }
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vector<S>{};
+  for (int64_t k = 0; k < terms; ++k) {
+    const Vector<S> left = load_vector(lines + k * TILE<S>), right = load_vector(lines + k * TILE<S> + LANES<S>);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      store_vector(out[r], load_vector(out[r]) + sums[r][0]);
-      store_vector(out[r] + LANES<S>, load_vector(out[r] + LANES<S>) + sums[r][1]);
+      const S a = A[r * across + k * along];
+      sums[r][0] += a * left;
+      sums[r][1] += a * right;
     }
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    S* line = out + r * TILE<S>;
+    store_vector(line, add ? load_vector(line) + sums[r][0] : sums[r][0]);
+    store_vector(line + LANES<S>, add ? load_vector(line + LANES<S>) + sums[r][1] : sums[r][1]);
+  }
 }
 
-// All `count` rows of A from `first` on, R at a time, then fewer; take(first row, how many, lines) gets the product's rows.
-template <int R, class S, class Take>
-void product(const S* A, int64_t across, int64_t along, const S* lines, int64_t terms, int64_t first, int64_t count, Take& take) {
-  alignas(64) S out[R][TILE<S>];
-  for (; first + R <= count; first += R) {
-    multiply<R>(A + first * across, across, along, lines, terms, out);
-    take(first, R, out[0]);
-  }
+// each(first row, integral how many) for `count` rows from `first` on, R at a time, then fewer.
+template <int R>
+struct Count {
+  static constexpr int value = R;
+};
+
+template <int R, class Each>
+IDM_INLINE void by_blocks(int64_t first, int64_t count, const Each& each) {
+  for (; first + R <= count; first += R) each(first, Count<R>{});
   if constexpr (R > 1) {
-    if (first < count) product<R / 2>(A, across, along, lines, terms, first, count, take);
+    if (first < count) by_blocks<R / 2>(first, count, each);
   }
 }
 
-// Yᵀ = Φᵀ·Xᵀ; take as above, a row being a measurement.
-template <class S, class Take>
-IDM_INLINE void times_matrix(const Operator<S>& op, const S* pixels, Take take) {
-  product<BLOCK>(op.matrix, int64_t{1}, op.q, pixels, op.N, int64_t{0}, op.q, take);
+// measurements = Φᵀ·Xᵀ. Φ goes by in bands of rows, as it lies in memory; a row of the product is a column of Φ.
+template <class S>
+void times_matrix(const Operator<S>& op, const S* pixels, S* measurements) {
+  for (int64_t begin = 0; begin < op.N; begin += DEPTH) {
+    const int64_t terms = begin + DEPTH < op.N ? DEPTH : op.N - begin;
+    by_blocks<BLOCK>(0, op.q, [&](int64_t j, auto count) {
+      multiply<decltype(count)::value>(op.matrix + begin * op.q + j, 1, op.q, pixels + begin * TILE<S>, terms, begin > 0,
+                                       measurements + j * TILE<S>);
+    });
+  }
 }
 
-// Xᵀ = Φ·Yᵀ; a row is a pixel.
+// Xᵀ = Φ·Yᵀ; take(first pixel, how many, lines) gets the product's rows.
 template <class S, class Take>
-IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, Take take) {
-  product<BLOCK>(op.matrix, op.q, int64_t{1}, measurements, op.q, int64_t{0}, op.N, take);
+IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, const Take& take) {
+  by_blocks<BLOCK>(0, op.N, [&](int64_t n, auto count) {
+    constexpr int R = decltype(count)::value;
+    alignas(64) S lines[R * TILE<S>];
+    int64_t begin = 0;
+    do {  // once at least: without measurements the pixels are zero
+      multiply<R>(op.matrix + n * op.q + begin, op.q, 1, measurements + begin * TILE<S>,
+                  begin + DEPTH < op.q ? DEPTH : op.q - begin, begin > 0, lines);
+      begin += DEPTH;
+    } while (begin < op.q);
+    take(n, R, lines);
+  });
 }
 
 // Brings the images that the tile's pixels stand in into the cache, in order: faster than to meet their lines at random, unless
@@ -221,9 +240,7 @@ void measure(const ProjectArguments& a, ParallelFor loop) {
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
       gather(op, x, tile, +pixels);
-      times_matrix(op, +pixels, [&](int64_t j, int64_t count, const S* lines) {
-        std::memcpy(measurements + j * TILE<S>, lines, count * TILE<S> * sizeof(S));
-      });
+      times_matrix(op, +pixels, +measurements);
       store_measurements(op, +measurements, tile, static_cast<T*>(a.y_out));
     });
   });
@@ -250,9 +267,7 @@ void gram(const ProjectArguments& a, ParallelFor loop) {
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
       gather(op, x, tile, +pixels);
-      times_matrix(op, +pixels, [&](int64_t j, int64_t count, const S* lines) {
-        std::memcpy(measurements + j * TILE<S>, lines, count * TILE<S> * sizeof(S));
-      });
+      times_matrix(op, +pixels, +measurements);
       scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
     });
   });
@@ -274,13 +289,11 @@ void project_step(const ProjectArguments& a, ParallelFor loop) {
       for (int64_t i = begin; i < end; ++i) image[i] = denoised(S(load(x[i])), S(load(e[i])), step);
     });
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
-      Scratch<S> pixels(op.N * TILE<S>), residual(op.q * TILE<S>);
+      Scratch<S> pixels(op.N * TILE<S>), residual(op.q * TILE<S>), y(op.q * TILE<S>);
       gather(op, image, tile, +pixels);
-      load_measurements(op, static_cast<const T*>(a.y), tile, +residual);
-      times_matrix(op, +pixels, [&](int64_t j, int64_t lines_here, const S* lines) {
-        S* r = residual + j * TILE<S>;
-        for (int64_t i = 0; i < lines_here * TILE<S>; ++i) r[i] = lines[i] - r[i];
-      });
+      times_matrix(op, +pixels, +residual);
+      load_measurements(op, static_cast<const T*>(a.y), tile, +y);
+      for (int64_t i = 0; i < op.q * TILE<S>; ++i) residual[i] -= y[i];
       scatter(op, +residual, tile, image, [](S& pixel, S value) { pixel -= value; });
     });
     over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
@@ -313,9 +326,7 @@ void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measured(op.q * TILE<S>);
       gather(op, image, tile, +pixels);
-      times_matrix(op, +pixels, [&](int64_t j, int64_t lines_here, const S* lines) {
-        std::memcpy(measured + j * TILE<S>, lines, lines_here * TILE<S> * sizeof(S));
-      });
+      times_matrix(op, +pixels, +measured);
       store_measurements(op, +measured, tile, dy);
       double total = 0;
       for (int64_t m = 0; m < op.rows_of(tile); ++m) {

@@ -83,16 +83,40 @@ IDM_INLINE double exponential(double x) {
 #endif
 }
 
+// 1 + e^-x: what the logistic function divides by.
+template <class S>
+IDM_INLINE S one_and_exponential(S x) {
+  return S(1) + exponential(-x);
+}
+
+#if !defined(__CUDA_ARCH__)
+// In two thirds of the operations. e^-x is taken as a power of two, 2^t with t = −x·log2(e), whose rounded factor costs |x|·2e-8 of
+// it beside the polynomial's 1e-7: where x is large that is little of the sum, or (x < 0) of a quotient that is next to nothing.
+template <>
+IDM_INLINE float one_and_exponential(float x) {
+  const int32_t upper = 0x42ae0000, bits = static_cast<int32_t>(bits_of_float(x));  // ±87 as integers; see `exponential`
+  const uint32_t lower = 0xc2ae0000u, below = static_cast<uint32_t>(bits < upper ? bits : upper);
+  x = float_of_bits(below < lower ? below : lower);
+  // 1.5·2²³ + 127: the lowest bits are the integer next to t with the exponent's bias.
+  const float shifted = x * -1.44269504f + 12583039.0f;
+  const float f = x * -1.44269504f - (shifted - 12583039.0f);
+  // 2^f with the smallest largest relative error on |f| ≤ 1/2.
+  const float p =
+      1.0f + f * (0.693146976f + f * (0.240222405f + f * (0.0555073503f + f * (0.00967161922f + f * 0.00132645907f))));
+  return 1.0f + p * float_of_bits(bits_of_float(shifted) << 23);
+}
+#endif
+
 template <class S>
 IDM_INLINE S sigmoid(S x) {
-  return S(1) / (S(1) + exponential(-x));
+  return S(1) / one_and_exponential(x);
 }
 
 #if defined(__CUDA_ARCH__)
 // To two units in the last place, in two instructions.
 template <>
 IDM_INLINE float sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + exponential(-x));
+  return __fdividef(1.0f, one_and_exponential(x));
 }
 #endif
 

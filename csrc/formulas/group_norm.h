@@ -10,7 +10,7 @@ IDM_INLINE S silu(S u) {
 #if defined(__CUDA_ARCH__)
   return u * sigmoid(u);  // which a GPU has a fast quotient for
 #else
-  return u / (S(1) + exponential(-u));
+  return u / one_and_exponential(u);
 #endif
 }
 

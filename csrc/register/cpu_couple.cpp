@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/launchers.h"
-#include "cpu_couple.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 
@@ -50,8 +49,6 @@ Tensor laid_out_as(const Tensor& model, bool copied, Tensor result) {
   return torch::stable::copy_(out, result);
 }
 
-}  // namespace
-
 Tensor couple(Tensor F, Tensor x2, Tensor v) {
   Inputs in = prepare(F, "x2", x2, "x2", x2, v);
   Tensor y1 = torch::stable::empty_like(in.first);
@@ -84,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> couple_backward(Tensor d1, Tensor F, Tensor x
 }
 
 // x2 into `x2`, which may be `in.first`.
-static std::tuple<Tensor, Tensor, Tensor> uncouple_into(Inputs& in, Tensor& x2, const Tensor& F, const Tensor& d1, const Tensor& v) {
+std::tuple<Tensor, Tensor, Tensor> uncouple_into(Inputs& in, Tensor& x2, const Tensor& F, const Tensor& d1, const Tensor& v) {
   Tensor dF = torch::stable::empty_like(in.F), dx2 = torch::stable::empty_like(in.second);
   double dv;
   in.arguments.y1 = in.first.const_data_ptr();
@@ -110,6 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> uncouple_in_place(Tensor y1, Tensor F, Tensor
   if (in.copied) torch::stable::copy_(y1, in.first);
   return gradients;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(idm_fast_native, CPU, m) {
   m.impl("couple", TORCH_BOX(&couple));

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/launchers.h"
-#include "cpu_couple.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 
@@ -89,96 +88,145 @@ std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Ten
   return {laid_out_as(h, dh), laid_out_as(weight, in_dtype_of(weight, dweight)), in_dtype_of(weight, dbias)};
 }
 
+// What inject_write reads, checked, dense, and named in the arguments.
+struct WriteInputs {
+  Tensor h, images[3], weight, bias;
+  InjectArguments arguments;
+
+  WriteInputs(const char* name, const Tensor& features, const Tensor& z, const Tensor& gz, const Tensor& aty, const Tensor& weight_,
+              int64_t r)
+      : arguments(prepare(name, features, weight_, r, true)) {
+    check_image("z", z, name, features, arguments);
+    check_image("gz", gz, name, features, arguments);
+    check_image("aty", aty, name, features, arguments);
+    h = dense(features);
+    images[0] = dense(z);
+    images[1] = dense(gz);
+    images[2] = dense(aty);
+    weight = accurate(weight_, features);
+    arguments.h = h.const_data_ptr();
+    arguments.z = images[0].const_data_ptr();
+    arguments.gz = images[1].const_data_ptr();
+    arguments.aty = images[2].const_data_ptr();
+    arguments.weight = weight.const_data_ptr();
+  }
+
+  void set_bias(const Tensor& given) {
+    const InjectArguments& a = arguments;
+    check_cpu("bias", given);
+    check(given.dim() == 1 && given.size(0) == a.channels, "bias is ", shape_of(given), ", expected (", a.channels, ",)");
+    bias = accurate(given, h);
+    arguments.bias = bias.const_data_ptr();
+  }
+
+  // A stream of the coupling, checked and dense.
+  Tensor stream(const char* name, const Tensor& given) {
+    check_cpu(name, given);
+    check_same_shape("h", h, name, given);
+    arguments.stream = dtype_of(name, given);
+    check(arguments.stream == Dtype::float32 || arguments.stream == Dtype::float64, name, " must be float32 or float64");
+    return dense(given);
+  }
+};
+
+// The gradients of what inject_write spreads over the features.
+struct WriteGradients {
+  Tensor dz, dgz, daty, dweight, dbias;
+
+  explicit WriteGradients(WriteInputs& in)
+      : dz(new_image(in.h, in.arguments)),
+        dgz(new_image(in.h, in.arguments)),
+        daty(new_image(in.h, in.arguments)),
+        dweight(torch::stable::empty_like(in.weight)),
+        dbias(torch::stable::new_empty(in.weight, {in.arguments.channels})) {
+    InjectArguments& a = in.arguments;
+    a.z_out = dz.mutable_data_ptr();
+    a.gz_out = dgz.mutable_data_ptr();
+    a.aty_out = daty.mutable_data_ptr();
+    a.weight_out = dweight.mutable_data_ptr();
+    a.bias_out = dbias.mutable_data_ptr();
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> in_dtypes_of(const Tensor& weight) const {
+    return {dz, dgz, daty, laid_out_as(weight, in_dtype_of(weight, dweight)), in_dtype_of(weight, dbias)};
+  }
+};
+
 Tensor inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, int64_t r) {
-  InjectArguments a = prepare("h", h, weight, r, true);
-  check_image("z", z, "h", h, a);
-  check_image("gz", gz, "h", h, a);
-  check_image("aty", aty, "h", h, a);
-  check_cpu("bias", bias);
-  check(bias.dim() == 1 && bias.size(0) == a.channels, "bias is ", shape_of(bias), ", expected (", a.channels, ",)");
-  const Tensor features = dense(h), w = accurate(weight, h), b = accurate(bias, h);
-  const Tensor images[3] = {dense(z), dense(gz), dense(aty)};
+  WriteInputs in("h", h, z, gz, aty, weight, r);
+  in.set_bias(bias);
   Tensor out = new_features(h);
-  a.h = features.const_data_ptr();
-  a.z = images[0].const_data_ptr();
-  a.gz = images[1].const_data_ptr();
-  a.aty = images[2].const_data_ptr();
-  a.weight = w.const_data_ptr();
-  a.bias = b.const_data_ptr();
-  a.h_out = out.mutable_data_ptr();
-  launchers().inject_write(a, in_torch_threads);
+  in.arguments.h_out = out.mutable_data_ptr();
+  launchers().inject_write(in.arguments, in_torch_threads);
   return laid_out_as(h, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_write_backward(Tensor dout, Tensor z, Tensor gz, Tensor aty,
                                                                         Tensor weight, int64_t r) {
-  InjectArguments a = prepare("dout", dout, weight, r, true);
-  check_image("z", z, "dout", dout, a);
-  check_image("gz", gz, "dout", dout, a);
-  check_image("aty", aty, "dout", dout, a);
-  const Tensor features = dense(dout), w = accurate(weight, dout);
-  const Tensor images[3] = {dense(z), dense(gz), dense(aty)};
-  Tensor dz = new_image(dout, a), dgz = new_image(dout, a), daty = new_image(dout, a);
-  Tensor dweight = torch::stable::empty_like(w), dbias = torch::stable::new_empty(w, {a.channels});
-  a.h = features.const_data_ptr();
-  a.z = images[0].const_data_ptr();
-  a.gz = images[1].const_data_ptr();
-  a.aty = images[2].const_data_ptr();
-  a.weight = w.const_data_ptr();
-  a.z_out = dz.mutable_data_ptr();
-  a.gz_out = dgz.mutable_data_ptr();
-  a.aty_out = daty.mutable_data_ptr();
-  a.weight_out = dweight.mutable_data_ptr();
-  a.bias_out = dbias.mutable_data_ptr();
-  launchers().inject_write_backward(a, in_torch_threads);
-  return {dz, dgz, daty, laid_out_as(weight, in_dtype_of(weight, dweight)), in_dtype_of(weight, dbias)};
+  WriteInputs in("dout", dout, z, gz, aty, weight, r);
+  const WriteGradients gradients(in);
+  launchers().inject_write_backward(in.arguments, in_torch_threads);
+  return gradients.in_dtypes_of(weight);
+}
+
+Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int64_t r) {
+  WriteInputs in("h", h, z, gz, aty, weight, r);
+  in.set_bias(bias);
+  const Tensor second = in.stream("x2", x2);
+  Tensor y1 = torch::stable::empty_like(second);
+  in.arguments.v = number("v", v);
+  in.arguments.x2 = second.const_data_ptr();
+  in.arguments.y1_out = y1.mutable_data_ptr();
+  launchers().inject_couple(in.arguments, in_torch_threads);
+  return laid_out_as(x2, y1);
 }
 
 using Coupled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// An injector's inputs in the dtype of sums: its output, which the coupling reads, must not be rounded to 16 bits in between.
-struct Accurate {
-  Tensor h, z, gz, aty;
-
-  Accurate(const Tensor& h, const Tensor& z, const Tensor& gz, const Tensor& aty)
-      : h(in_dtype(h, accurate_dtype(h))),
-        z(in_dtype(z, accurate_dtype(h))),
-        gz(in_dtype(gz, accurate_dtype(h))),
-        aty(in_dtype(aty, accurate_dtype(h))) {}
-
-  Tensor write(const Tensor& weight, const Tensor& bias, int64_t r) const { return inject_write(h, z, gz, aty, weight, bias, r); }
-
-  // What the coupling's gradient, (dF, dx2, dv), becomes behind the injector: dF is that of h, and goes on to the images.
-  Coupled gradients(const std::tuple<Tensor, Tensor, Tensor>& of_coupling, const Tensor& model, const Tensor& weight,
-                    int64_t r) const {
-    const auto& [dF, dx2, dv] = of_coupling;
-    auto [dz, dgz, daty, dweight, dbias] = inject_write_backward(dF, z, gz, aty, weight, r);
-    const auto as = [&](const Tensor& x) { return in_dtype_of(model, x); };
-    return {as(dF), as(dz), as(dgz), as(daty), dweight, dbias, dx2, dv};
-  }
-};
-
-Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int64_t r) {
-  return couple(Accurate(h, z, gz, aty).write(weight, bias, r), x2, v);
+// With x2 given, or recovered from y1 into `recovered`, which may be y1; both dense.
+Coupled coupled_gradient(WriteInputs& in, const Tensor& d1, const Tensor& given, Tensor* recovered, const Tensor& h,
+                         const Tensor& weight, const Tensor& bias, const Tensor& v) {
+  in.set_bias(bias);
+  const Tensor gradient = in.stream("d1", d1);
+  check_same_dtype("d1", d1, recovered ? "y1" : "x2", given);
+  const WriteGradients gradients(in);
+  Tensor dh = new_features(h), dx2 = torch::stable::empty_like(gradient);
+  double dv = 0;
+  InjectArguments& a = in.arguments;
+  a.v = number("v", v);
+  a.d1 = gradient.const_data_ptr();
+  (recovered ? a.y1 : a.x2) = given.const_data_ptr();
+  if (recovered) a.x2_out = recovered->mutable_data_ptr();
+  a.h_out = dh.mutable_data_ptr();
+  a.dx2 = dx2.mutable_data_ptr();
+  a.dv = &dv;
+  (recovered ? launchers().inject_uncouple : launchers().inject_couple_backward)(a, in_torch_threads);
+  return std::tuple_cat(std::tuple<Tensor>(laid_out_as(h, dh)), gradients.in_dtypes_of(weight),
+                        std::tuple<Tensor, Tensor>(laid_out_as(d1, dx2), number_like(v, dv)));
 }
 
 Coupled inject_couple_backward(Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2,
                                Tensor v, int64_t r) {
-  const Accurate in(h, z, gz, aty);
-  return in.gradients(couple_backward(d1, in.write(weight, bias, r), x2, v), h, weight, r);
+  WriteInputs in("h", h, z, gz, aty, weight, r);
+  return coupled_gradient(in, d1, in.stream("x2", x2), nullptr, h, weight, bias, v);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inject_uncouple(
     Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor v, int64_t r) {
-  const Accurate in(h, z, gz, aty);
-  auto [x2, dF, dx2, dv] = uncouple(y1, in.write(weight, bias, r), d1, v);
-  return std::tuple_cat(std::tuple<Tensor>(x2), in.gradients({dF, dx2, dv}, h, weight, r));
+  WriteInputs in("h", h, z, gz, aty, weight, r);
+  const Tensor first = in.stream("y1", y1);
+  Tensor x2 = torch::stable::empty_like(first);
+  const Coupled gradients = coupled_gradient(in, d1, first, &x2, h, weight, bias, v);
+  return std::tuple_cat(std::tuple<Tensor>(laid_out_as(y1, x2)), gradients);
 }
 
 Coupled inject_uncouple_in_place(Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,
                                  Tensor v, int64_t r) {
-  const Accurate in(h, z, gz, aty);
-  return in.gradients(uncouple_in_place(y1, in.write(weight, bias, r), d1, v), h, weight, r);
+  WriteInputs in("h", h, z, gz, aty, weight, r);
+  Tensor x2 = in.stream("y1", y1);
+  const Coupled gradients = coupled_gradient(in, d1, x2, &x2, h, weight, bias, v);
+  if (x2.const_data_ptr() != y1.const_data_ptr()) torch::stable::copy_(y1, x2);
+  return gradients;
 }
 
 }  // namespace
