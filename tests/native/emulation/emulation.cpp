@@ -98,6 +98,12 @@ void meet(Barrier& barrier, int expected) {
 
 unsigned lane() { return threadIdx.x % 32; }
 
+uint32_t checked_tf32(uint32_t word) {
+  const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
+  if (word & 0x1fffu && !nan) die("a factor was not rounded to TF32");
+  return word;
+}
+
 const void* exchange(const void* mine, size_t size, unsigned from) {
   if (size > LARGEST_EXCHANGE) die("a lane exchanges too much at once");
   const unsigned warp = threadIdx.x / 32, self = lane();
