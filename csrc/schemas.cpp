@@ -1,6 +1,6 @@
 // The schemas of the native ops, one place for all of them. They are those of idm_fast/ops, whose ops call these after having
-// chosen an implementation; tests/native/test_schemas.py holds the two together. Products with Φ have an overload "tf32" of the same
-// arguments, for CUDA alone, that multiplies float32 on the tensor cores.
+// chosen an implementation; tests/native/test_schemas.py holds the two together. Products with Φ have an overload "tf32" of the
+// same arguments, for CUDA alone, that multiplies float32 on the tensor cores.
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,9 @@ STABLE_TORCH_LIBRARY(idm_fast_native, m) {
   m.def("uncouple(Tensor y1, Tensor F, Tensor d1, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("uncouple_(Tensor(a!) y1, Tensor F, Tensor d1, Tensor v) -> (Tensor, Tensor, Tensor)");
   for (const char* precision : {"", ".tf32"}) {
-    const auto product = [&](const char* name, const char* signature) { m.def((std::string(name) + precision + signature).c_str()); };
+    const auto product = [&](const char* name, const char* signature) {
+      m.def((std::string(name) + precision + signature).c_str());
+    };
     product("measure", "(Tensor x, Tensor matrix, Tensor permutation) -> Tensor");
     product("adjoint", "(Tensor y, Tensor matrix, Tensor permutation, int height, int width) -> Tensor");
     product("gram", "(Tensor x, Tensor matrix, Tensor permutation) -> Tensor");

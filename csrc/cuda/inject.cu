@@ -4,8 +4,8 @@
 //
 // Channel c·r² + k of the features at (i, j) belongs to pixel (i·r + k / r, j·r + k % r) of an image. A thread has a run of pixels
 // whose features lie side by side, neighbouring positions of one plane in NCHW, neighbouring k of one position in NHWC, and goes
-// over c. It keeps what it needs of the images, or sums for them. In NHWC INJECT_LANES threads have the same run and take c in turn.
-// Sums for the weights, over pixels, are made at each c: over the warp, over the block in shared memory, then over the blocks.
+// over c. It keeps what it needs of the images, or sums for them. In NHWC INJECT_LANES threads have the same run and take c in
+// turn. Sums for the weights, over pixels, are made at each c: over the warp, over the block in shared memory, then over the blocks.
 #include "../formulas/coupling.h"
 #include "../formulas/injector.h"
 
@@ -16,6 +16,8 @@
 namespace idm::cuda {
 
 namespace {
+
+static_assert(INJECT_CHUNK % (INJECT_LANES * INJECT_DEPTH) == 0, "the c's that threads take at a time are of one chunk");
 
 struct Shape {
   int64_t planes;  // c
@@ -353,9 +355,10 @@ Arrays<T, S, R> arrays_of(const InjectArguments& a) {
 // With runs of W pixels; not yet told whether 16-byte accesses can be used.
 Shape shape_of(const InjectArguments& a, int W) {
   const int64_t rr = int64_t(a.r) * a.r, area = a.height * a.width;
-  if (area * rr > 0x7fffffff) throw std::runtime_error("an injector's image of " + std::to_string(area * rr) + " pixels");
   const int64_t runs = a.last ? area * pieces_of(rr, W) : rr * pieces_of(area, W);
   const int lanes = a.last ? INJECT_LANES : 1;
+  if (a.images > 0 && (area * rr > 0x7fffffff || runs * lanes > 0x7fffffff))  // what is inside an image is counted in 32 bits
+    throw std::runtime_error("an injector's image of " + std::to_string(area * rr) + " pixels");
   return {a.planes, uint32_t(a.height), uint32_t(a.width), uint32_t(a.r), a.last, false, lanes,
           uint32_t(runs), uint32_t(pieces_of(runs * lanes, INJECT_THREADS)), a.images};
 }

@@ -24,8 +24,9 @@ void decouple(const CoupleArguments&, void* stream);
 void couple_backward(const CoupleArguments&, void* stream);
 void uncouple(const CoupleArguments&, void* stream);
 
-// x (images, channels, positions), or (images, positions, channels) where `last` (NHWC), dense; weight and bias (channels,), mean and
-// rstd (images, groups), all of the dtype of sums: float64 for float64, else float32. norm_serves(dtype of x, of out or dout) holds.
+// x (images, channels, positions), or (images, positions, channels) where `last` (NHWC), dense; weight and bias (channels,), mean
+// and rstd (images, groups), all of the dtype of sums: float64 for float64, else float32. norm_serves(dtype of x, of out or dout)
+// holds.
 struct NormArguments {
   Dtype x_dtype, out_dtype;  // the second is also dout's
   int64_t images, channels, positions, groups;
@@ -102,10 +103,10 @@ void layer_norm(const LayerNormArguments&, void* stream);
 void layer_norm_backward(const LayerNormArguments&, void* stream);
 
 // h, through, out (images, planes·r², height, width), or with the channels last where `last`; images z, gz, aty
-// (images, 1, height·r, width·r); all dense, of one dtype; weight, bias, dweight, dbias of the dtype of sums. What has the features'
-// shape in a coupling (x2, y1, d1, …) lies as they do and is of `stream_dtype`, float32 or float64, and so are the elements v, dv.
+// (images, 1, height·r, width·r); all dense, of one dtype; weight, bias, dweight, dbias of the dtype of sums. In a coupling x2, y1,
+// d1 and dx2 lie as h does and are of `stream_dtype`, float32 or float64, and so are the elements v and dv.
 //   inject_read: h, weight (planes), bias (1) → dz            inject_write: h, z, gz, aty, weight (planes, 3), bias → out
-//   inject_read_backward: z (the gradient of the image), h, weight, through (or null: what else comes back to h) → out, dweight, dbias
+//   inject_read_backward: z (the image's gradient), h, weight, through (or null: what else comes back to h) → out, dweight, dbias
 //   inject_write_backward: h (the gradient of out), z, gz, aty, weight → dz, dgz, daty, dweight, dbias
 //   inject_couple: as inject_write, stream (x2), v → stream_out (y1)
 //   inject_couple_backward: as inject_write, stream (x2), v, d1 → out (dh), dz, dgz, daty, dweight, dbias, dx2, dv

@@ -1,6 +1,6 @@
 // LayerNorm over the last dimension on the GPU. A warp takes a row, which it reads from memory once and again from the first-level
-// cache. Of the gradient a block takes ROW_CHUNK rows: first its warps make dx, then its threads, each with 16 bytes of columns, add
-// up what the rows give to the gradients of weight and bias; a second stage adds the blocks' sums, in a fixed order, in float64.
+// cache. Of the gradient a block takes ROW_CHUNK rows: first its warps make dx, then its threads, each with 16 bytes of columns,
+// add up what the rows give to the gradients of weight and bias; a second stage adds the blocks' sums, in a fixed order, in float64.
 #include "../formulas/group_norm.h"
 
 #include <initializer_list>
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(NORM_THREADS) row_norm_kernel(const T* x, O* o
 
 // dx of one row, by a warp.
 template <class T, class O, class S>
-__device__ __forceinline__ void row_gradient(const O* dout, const T* x, T* dx, const Shape& shape, const S* weight, S mean, S rstd) {
+__device__ __forceinline__ void row_gradient(const O* dout, const T* x, T* dx, const Shape& shape, const S* weight, S mean,
+                                             S rstd) {
   constexpr int W = WIDTH<T>;
   S sum = 0, product = 0;
   over_row<W>(shape, [&](int64_t column, int there, bool packed) {

@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bi
   return {in_dtype(out, dtype), mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean,
+                                                       Tensor rstd) {
   OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias);
   cuda::LayerNormArguments& a = in.arguments;

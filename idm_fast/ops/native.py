@@ -57,8 +57,11 @@ def _add(name: str, key: str) -> None:
 
 
 def kernels(library: str, key: str) -> dict[str, Callable[..., Any]]:
-    """The ops that `library` has kernels for under a dispatch key, by name. One with an overload "tf32" (a product with Φ on the
-    tensor cores) takes that for float32 while PyTorch is told to use TF32 for matrix products."""
+    """The ops that `library` has kernels for under a dispatch key, by name.
+
+    One with an overload "tf32" (a product with Φ on the tensor cores) takes that for float32 while PyTorch is told to use TF32
+    for matrix products.
+    """
     prefix = f"{library}::"
     registered = {
         name.removeprefix(prefix)

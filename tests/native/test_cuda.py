@@ -235,8 +235,8 @@ def test_geglu_in_every_layout(device: str, layout: str) -> None:
     assert_geglu_both_ways(h, draw(3, 4, 5, 8, dtype=torch.float32, device=device, layout=layout))
 
 
-RUNS = injector.SHAPES + [(2, 5, 4, 6, 2), (1, 35, 3, 4, 2), (1, 2, 2, 3, 3), (1, 3, 12, 30, 4)]
-"""Also runs of pixels that 16-byte accesses take, more channels than a block sums at a time, r² that no run divides, several blocks."""
+RUNS = injector.SHAPES + [(2, 5, 4, 6, 2), (1, 67, 3, 4, 2), (1, 2, 2, 3, 3), (1, 3, 12, 30, 4)]
+"""Also runs of pixels for 16-byte accesses, more channels than a block sums at once, r² that no run divides, many blocks."""
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -259,7 +259,12 @@ def test_injector_in_every_layout(device: str, name: str, layout: str) -> None:
 @pytest.mark.parametrize("stream_layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "stream"),
-    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64), (torch.float16, torch.float64), (torch.float32, torch.float64)],
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.float64),
+        (torch.float32, torch.float64),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["inject_couple", "inject_couple_backward", "inject_uncouple"])
@@ -475,11 +480,11 @@ class Recorded(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("schedule", ["store", "flat", "two_level"])
-def test_every_op_of_the_network_has_a_kernel(emulated_functions: dict[str, Callable], schedule: str) -> None:
-    with Recorded() as recorded, ops.use("reference"):
-        whole.step(2, "reference", "cpu", schedule=schedule)
-    assert {"inject_couple", "layer_norm", "project_step_backward", "geglu_backward"} <= recorded.names
+def test_every_op_of_the_network_has_a_kernel(emulated_functions: dict[str, Callable]) -> None:
+    with Recorded() as recorded:
+        for schedule in ("store", "flat", "two_level"):
+            whole.step(2, "reference", "cpu", schedule=schedule)
+    assert {"inject_write_backward", "inject_uncouple_", "layer_norm_backward", "project_step_backward"} <= recorded.names
     assert recorded.names <= emulated_functions.keys()
 
 

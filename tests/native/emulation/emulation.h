@@ -1,6 +1,6 @@
 // A GPU for tests: the part of CUDA that csrc/cuda uses, on one thread of the CPU. Blocks run one after another; the threads of a
-// block are fibers that run until they reach a barrier or a shuffle, in an order that changes from round to round, so that a
-// missing barrier gives wrong results. Shared memory is as uninitialised as a GPU's: `__shared__` keeps what the last block left.
+// block are fibers that run until they reach a barrier or a shuffle, in an order that changes from round to round and with one warp
+// far behind the others, so that a missing barrier gives wrong results. Shared memory is as uninitialised as a GPU's: `__shared__` keeps what the last block left.
 #pragma once
 
 #include <cstdint>
