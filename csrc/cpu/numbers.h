@@ -19,9 +19,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+// A float whose significand has 10 stored bits, as tensor cores take their factors; it lies in memory as that float.
+struct TensorFloat32 {
+  uint32_t bits;
+};
+
 IDM_INLINE float load(float x) { return x; }
 IDM_INLINE double load(double x) { return x; }
 IDM_INLINE float load(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+IDM_INLINE float load(TensorFloat32 x) { return float_of_bits(x.bits); }
 
 IDM_INLINE float load(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -68,6 +75,16 @@ struct Store<BFloat16> {
     const float value = static_cast<float>(x);
     const uint32_t bits = bits_of_float(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+  }
+};
+
+// Round to nearest, ties away from zero, as the GPU's cvt.rna.tf32.f32 does; NaN stays NaN.
+template <>
+struct Store<TensorFloat32> {
+  template <class S>
+  static IDM_INLINE TensorFloat32 of(S x) {
+    const float value = static_cast<float>(x);
+    return {value != value ? 0x7fffffffu : (bits_of_float(value) + 0x1000u) & ~0x1fffu};
   }
 };
 

@@ -26,8 +26,18 @@ constexpr int TILE_ROWS = 16;
 constexpr int TILE_COLUMNS = 32;
 constexpr int TILE_DEPTH = 32;
 
-// Injector: a thread has one pixel of an image; sums for the weights take so many pixels a block.
+// LayerNorm: a warp takes a row; sums for the weights take so many rows a block, and their second stage so many columns.
+constexpr int64_t ROW_CHUNK = 32;
+constexpr int SUM_COLUMNS = 32;
+
+// Injector: threads of a block; blocks that a multiprocessor holds at least (the compiler, not told so, spills to have more); in
+// NHWC, so many neighbouring threads take one pixel's channels in turn, so that together they read 128 bytes of float32; channels
+// that a thread loads before it uses the first; channels whose sums for the weights a block keeps before it writes them out, a
+// multiple of what it takes at a time.
 constexpr int INJECT_THREADS = 128;
-constexpr int64_t INJECT_PIXELS = 4096;
+constexpr int INJECT_BLOCKS = 4;
+constexpr int INJECT_LANES = 8;
+constexpr int INJECT_DEPTH = 2;
+constexpr int INJECT_CHUNK = 32;
 
 }  // namespace idm::cuda

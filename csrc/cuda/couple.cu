@@ -82,12 +82,6 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS) couple_kernel(Streams<T, 
 }
 
 template <class S>
-__global__ void __launch_bounds__(SUM_THREADS) dv_kernel(const double* partial, int64_t count, S* dv) {
-  const double sum = column_sum<1>(partial, count, 0);
-  if (threadIdx.x == 0) *dv = S(sum);
-}
-
-template <class S>
 int64_t blocks(int64_t count) {
   return pieces_of(count, int64_t(ELEMENTWISE_THREADS) * WIDTH<S> * PIECES);
 }
@@ -103,7 +97,7 @@ void run(const CoupleArguments& a, const void* first, void* recovered, void* str
     s.packed = s.packed && aligned_for<S, WIDTH<S>>(pointer);
   launch(couple_kernel<OP, T, S>, blocks<S>(a.count), ELEMENTWISE_THREADS, stream, s);
   if constexpr (GRADIENT<OP>)
-    launch(dv_kernel<S>, 1, SUM_THREADS, stream, a.partial, blocks<S>(a.count), static_cast<S*>(a.dv));
+    launch(total_kernel<S>, 1, SUM_THREADS, stream, a.partial, blocks<S>(a.count), static_cast<S*>(a.dv));
 }
 
 template <Op OP>

@@ -151,6 +151,11 @@ __device__ __forceinline__ T write(S x) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, BFloat16>) return {__bfloat16_as_ushort(__float2bfloat16_rn(float(x)))};
   if constexpr (std::is_same_v<T, Float16>) return {__half_as_ushort(__float2half_rn(float(x)))};
+  if constexpr (std::is_same_v<T, TensorFloat32>) {
+    T rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded.bits) : "f"(float(x)));
+    return rounded;
+  }
 #endif
   return Store<T>::of(x);
 }
@@ -187,6 +192,19 @@ void for_type(Dtype dtype, const Function& f) {
     case Dtype::bfloat16: return f(BFloat16{});
     case Dtype::float16: return f(Float16{});
   }
+}
+
+// f(T{}, O{}): the element types of a norm's x, and of its out or dout.
+template <class Function>
+void for_norm_types(Dtype x, Dtype out, const Function& f) {
+  for_type(x, [&](auto x_type) {
+    if (out == x) return f(x_type, x_type);
+    if constexpr (std::is_same_v<decltype(x_type), float>) {
+      if (out == Dtype::bfloat16) return f(x_type, BFloat16{});
+      if (out == Dtype::float16) return f(x_type, Float16{});
+    }
+    throw std::runtime_error("no kernel of a norm for this pair of dtypes");
+  });
 }
 
 }  // namespace idm::cuda

@@ -6,7 +6,6 @@
 #include "../formulas/group_norm.h"
 
 #include <initializer_list>
-#include <type_traits>
 
 #include "device.h"
 #include "launchers.h"
@@ -395,20 +394,6 @@ Shape shape_of(const NormArguments& a) {
   return {a.images, a.channels, a.positions, a.groups, pieces_of(a.positions, chunk), chunk, false};
 }
 
-// f(T{}, O{}): the element types of x, and of out or dout.
-template <class Function>
-void with_types(const NormArguments& a, const Function& f) {
-  for_type(a.x_dtype, [&](auto x) {
-    using T = decltype(x);
-    if (a.out_dtype == a.x_dtype) return f(x, x);
-    if constexpr (std::is_same_v<T, float>) {
-      if (a.out_dtype == Dtype::bfloat16) return f(x, BFloat16{});
-      if (a.out_dtype == Dtype::float16) return f(x, Float16{});
-    }
-    throw std::runtime_error("group_norm_silu: no kernel for this pair of dtypes");
-  });
-}
-
 template <class T>
 int64_t blocks(const Shape& shape, bool last) {
   const int64_t tiles = pieces_of(pieces_of(shape.channels, WIDTH<T>), NORM_THREADS);
@@ -434,7 +419,7 @@ bool packed(const NormArguments& a, std::initializer_list<const void*> like_x, c
 int64_t norm_partials(const NormArguments& a) { return 2 * a.images * shape_of(a).chunks * a.channels; }
 
 void group_norm_silu(const NormArguments& a, void* stream) {
-  with_types(a, [&](auto x_type, auto out_type) {
+  for_norm_types(a.x_dtype, a.out_dtype, [&](auto x_type, auto out_type) {
     using T = decltype(x_type);
     using O = decltype(out_type);
     using S = Accumulate<T>;
@@ -453,7 +438,7 @@ void group_norm_silu(const NormArguments& a, void* stream) {
 }
 
 void group_norm_silu_backward(const NormArguments& a, void* stream) {
-  with_types(a, [&](auto x_type, auto out_type) {
+  for_norm_types(a.x_dtype, a.out_dtype, [&](auto x_type, auto out_type) {
     using T = decltype(x_type);
     using O = decltype(out_type);
     using S = Accumulate<T>;

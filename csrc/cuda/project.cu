@@ -4,7 +4,14 @@
 // (x itself, x0 denoised, the scaled gradient) it computes while it gathers. `scatter_kernel` multiplies measurements by Φᵀ and
 // finishes each pixel where the permutation puts it. Between them are the measurements, N/q times less than the image.
 // A block makes a tile of the result; the next slices of both factors are fetched into registers while the present ones, in
-// shared memory, are multiplied: float32 and float64 exactly, bfloat16 and float16 on the tensor cores with float32 sums.
+// shared memory, are multiplied: float32 and float64 exactly, bfloat16, float16 and, on demand, float32 rounded to TF32 on the
+// tensor cores with float32 sums.
+//
+// The slices do not come by asynchronous copies (cp.async). The pixels cannot: they are gathered through the permutation, two loads
+// of which one waits for the other, and computed on before they are stored, so a slice takes as long as that, and Φ's, which is
+// in the second-level cache and loaded at the same time, comes sooner anyway. And Φ's rows of q elements, 103 at 10 %, begin
+// anywhere: copies of 16 bytes, which bypass the registers' way through the first-level cache, cannot be used for them, and 16-bit
+// elements at odd places not be copied asynchronously at all, as 4 bytes are the least; TF32 has to be rounded on the way besides.
 #include "../formulas/projection.h"
 
 #include <math.h>
@@ -45,15 +52,21 @@ struct Operands {
   }
 };
 
-// How a thread's results lie in the tile, and how it multiplies: rows of `left` and of `right` lie along the sum.
-template <class T>
+// How a thread's results lie in the tile, and how it multiplies factors F: rows of `left` and of `right` lie along the sum.
+template <class F>
 struct Product;
+
+// An element as a factor of a product; from S or from memory it is rounded once.
+template <class F, class T>
+__device__ __forceinline__ F factor(T x) {
+  if constexpr (std::is_same_v<F, T>) return x;
+  else return write<F>(x);
+}
 
 constexpr int STRIDE = TILE_DEPTH + 1;  // of exact tiles: a column of right's is then in 32 banks
 
 template <class S>
 struct Exact {
-  using Slice = S;
   static constexpr int PITCH = STRIDE;
   S sums[4] = {};
 
@@ -73,26 +86,27 @@ struct Exact {
   }
 };
 
-// Each of the four warps takes eight columns.
+// Each of the four warps takes eight columns. A register has OF_WORD elements, a fragment 8·OF_WORD along the sum.
 template <class T>
 struct TensorCore {
-  using Slice = T;
-  static constexpr int PITCH = TILE_DEPTH + 8;  // lanes of a fragment are then in different banks
+  static constexpr int OF_WORD = 4 / int(sizeof(T));
+  static constexpr int PITCH = TILE_DEPTH + 4 * OF_WORD;  // lanes of a fragment are then in different banks
   float sums[4] = {};
 
   static __device__ __forceinline__ int group() { return int(threadIdx.x) % WARP / 4; }
-  static __device__ __forceinline__ int pair() { return int(threadIdx.x) % 4 * 2; }
+  static __device__ __forceinline__ int in_group() { return int(threadIdx.x) % 4; }
   static __device__ __forceinline__ int row(int i) { return group() + 8 * (i / 2); }
-  static __device__ __forceinline__ int column(int i) { return int(threadIdx.x) / WARP * 8 + pair() + i % 2; }
-  static __device__ __forceinline__ uint32_t two(const T* at) { return *reinterpret_cast<const uint32_t*>(at); }
+  static __device__ __forceinline__ int column(int i) { return int(threadIdx.x) / WARP * 8 + in_group() * 2 + i % 2; }
+  static __device__ __forceinline__ uint32_t word(const T* at) { return *reinterpret_cast<const uint32_t*>(at); }
 
   __device__ __forceinline__ void multiply(const T (&left)[TILE_ROWS][PITCH], const T (&right)[TILE_COLUMNS][PITCH]) {
-    const int of_warp = int(threadIdx.x) / WARP * 8 + group();
+    constexpr int HALF = 4 * OF_WORD;
+    const int of_warp = int(threadIdx.x) / WARP * 8 + group(), at = in_group() * OF_WORD;
 #pragma unroll
-    for (int k = 0; k < TILE_DEPTH; k += 16) {
-      const uint32_t a[4] = {two(&left[group()][k + pair()]), two(&left[group() + 8][k + pair()]),
-                             two(&left[group()][k + 8 + pair()]), two(&left[group() + 8][k + 8 + pair()])};
-      const uint32_t b[2] = {two(&right[of_warp][k + pair()]), two(&right[of_warp][k + 8 + pair()])};
+    for (int k = 0; k < TILE_DEPTH; k += 2 * HALF) {
+      const uint32_t a[4] = {word(&left[group()][k + at]), word(&left[group() + 8][k + at]), word(&left[group()][k + HALF + at]),
+                             word(&left[group() + 8][k + HALF + at])};
+      const uint32_t b[2] = {word(&right[of_warp][k + at]), word(&right[of_warp][k + HALF + at])};
       multiply_accumulate<T>(sums, a, b);
     }
   }
@@ -106,15 +120,17 @@ template <>
 struct Product<BFloat16> : TensorCore<BFloat16> {};
 template <>
 struct Product<Float16> : TensorCore<Float16> {};
+template <>
+struct Product<TensorFloat32> : TensorCore<TensorFloat32> {};
 
 // The block's tile of left·rightᵀ: left_at(row, k) and right_at(column, k) give the factors, zero beyond their ends. With
 // DOWN, neighbouring threads fetch neighbouring columns of `right`, else neighbouring k: as it lies in memory.
-template <class T, bool DOWN, class Left, class Right>
-__device__ __forceinline__ void tile_product(Product<T>& product, int64_t depth, const Left& left_at, const Right& right_at) {
+template <class F, bool DOWN, class Left, class Right>
+__device__ __forceinline__ void tile_product(Product<F>& product, int64_t depth, const Left& left_at, const Right& right_at) {
   constexpr int LEFT = TILE_ROWS * TILE_DEPTH / PRODUCT_THREADS, RIGHT = TILE_COLUMNS * TILE_DEPTH / PRODUCT_THREADS;
-  alignas(16) __shared__ T left[TILE_ROWS][Product<T>::PITCH];
-  alignas(16) __shared__ T right[TILE_COLUMNS][Product<T>::PITCH];
-  T next_left[LEFT], next_right[RIGHT];
+  alignas(16) __shared__ F left[TILE_ROWS][Product<F>::PITCH];
+  alignas(16) __shared__ F right[TILE_COLUMNS][Product<F>::PITCH];
+  F next_left[LEFT], next_right[RIGHT];
   const auto right_row = [](int i) { return DOWN ? i % TILE_COLUMNS : i / TILE_DEPTH; };
   const auto right_k = [](int i) { return DOWN ? i / TILE_COLUMNS : i % TILE_DEPTH; };
   const auto fetch = [&](int64_t k) {
@@ -149,25 +165,25 @@ __device__ __forceinline__ void tile_product(Product<T>& product, int64_t depth,
 }
 
 // A·(what the task makes of the pixels): for a step minus y, which is the residual; for the gradient also this block's <dy, y>.
-template <Task TASK, class T, class S>
+template <Task TASK, class F, class T, class S>
 __global__ void __launch_bounds__(PRODUCT_THREADS) measure_kernel(Operands<T, S> o) {
   const int64_t tiles = (o.q + TILE_COLUMNS - 1) / TILE_COLUMNS;
   const int64_t first_row = blockIdx.x / tiles * TILE_ROWS, first_column = blockIdx.x % tiles * TILE_COLUMNS;
   Step<S> step{};
   if constexpr (TASK != Task::linear) step = o.step();
-  Product<T> product;
-  tile_product<T, true>(
+  Product<F> product;
+  tile_product<F, true>(
       product, o.N,
       [&](int row, int64_t n) {
-        if (first_row + row >= o.rows || n >= o.N) return T{};
+        if (first_row + row >= o.rows || n >= o.N) return F{};
         const int64_t at = o.place(first_row + row, n);
-        if (at < 0) return write<T>(S(NAN));
-        if constexpr (TASK == Task::step) return write<T>(denoised(read<S>(o.x[at]), read<S>(o.e[at]), step));
-        if constexpr (TASK == Task::gradient) return write<T>(step.s_prev * read<S>(o.g[at]));
-        return o.x[at];
+        if (at < 0) return write<F>(S(NAN));
+        if constexpr (TASK == Task::step) return write<F>(denoised(read<S>(o.x[at]), read<S>(o.e[at]), step));
+        if constexpr (TASK == Task::gradient) return write<F>(step.s_prev * read<S>(o.g[at]));
+        return factor<F>(o.x[at]);
       },
       [&](int column, int64_t n) {
-        return first_column + column < o.q && n < o.N ? o.matrix[n * o.q + first_column + column] : T{};
+        return first_column + column < o.q && n < o.N ? factor<F>(o.matrix[n * o.q + first_column + column]) : F{};
       });
   S dy_y = 0;
 #pragma unroll
@@ -191,18 +207,18 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) measure_kernel(Operands<T, S>
 
 // Aᵀ·(measurements), and what the task makes of it at each pixel: the sum itself; the step's result; the gradients of x and e,
 // with this block's sums for those of ᾱ.
-template <Task TASK, class T, class S>
+template <Task TASK, class F, class T, class S>
 __global__ void __launch_bounds__(PRODUCT_THREADS) scatter_kernel(Operands<T, S> o, const T* measurements) {
   const int64_t tiles = (o.N + TILE_COLUMNS - 1) / TILE_COLUMNS;
   const int64_t first_row = blockIdx.x / tiles * TILE_ROWS, first_column = blockIdx.x % tiles * TILE_COLUMNS;
-  Product<T> product;
-  tile_product<T, false>(
+  Product<F> product;
+  tile_product<F, false>(
       product, o.q,
       [&](int row, int64_t k) {
-        return first_row + row < o.rows && k < o.q ? measurements[(first_row + row) * o.q + k] : T{};
+        return first_row + row < o.rows && k < o.q ? factor<F>(measurements[(first_row + row) * o.q + k]) : F{};
       },
       [&](int column, int64_t k) {
-        return first_column + column < o.N && k < o.q ? o.matrix[(first_column + column) * o.q + k] : T{};
+        return first_column + column < o.N && k < o.q ? factor<F>(o.matrix[(first_column + column) * o.q + k]) : F{};
       });
   Step<S> step{};
   if constexpr (TASK != Task::linear) step = o.step();
@@ -268,20 +284,26 @@ Operands<T, S> operands(const ProjectArguments& a) {
           a.partial, 0};
 }
 
-// f(operands) in the element type of `a`.
+// f(F{}, operands): the type of factors, and operands in the element type of `a`.
 template <class Function>
 void with_operands(const ProjectArguments& a, const Function& f) {
-  for_type(a.dtype, [&](auto element) { f(operands<decltype(element), Accumulate<decltype(element)>>(a)); });
+  for_type(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto o = operands<T, Accumulate<T>>(a);
+    if constexpr (std::is_same_v<T, float>)
+      if (a.tf32) return f(TensorFloat32{}, o);
+    f(T{}, o);
+  });
 }
 
-template <Task TASK, class T, class S>
-void launch_measure(const ProjectArguments& a, const Operands<T, S>& o, void* stream) {
-  launch(measure_kernel<TASK, T, S>, measure_blocks(a), PRODUCT_THREADS, stream, o);
+template <Task TASK, class F, class T, class S>
+void launch_measure(const ProjectArguments& a, F, const Operands<T, S>& o, void* stream) {
+  launch(measure_kernel<TASK, F, T, S>, measure_blocks(a), PRODUCT_THREADS, stream, o);
 }
 
-template <Task TASK, class T, class S>
-void launch_scatter(const ProjectArguments& a, const Operands<T, S>& o, const T* measurements, void* stream) {
-  launch(scatter_kernel<TASK, T, S>, scatter_blocks(a), PRODUCT_THREADS, stream, o, measurements);
+template <Task TASK, class F, class T, class S>
+void launch_scatter(const ProjectArguments& a, F, const Operands<T, S>& o, const T* measurements, void* stream) {
+  launch(scatter_kernel<TASK, F, T, S>, scatter_blocks(a), PRODUCT_THREADS, stream, o, measurements);
 }
 
 }  // namespace
@@ -289,33 +311,33 @@ void launch_scatter(const ProjectArguments& a, const Operands<T, S>& o, const T*
 int64_t project_partials(const ProjectArguments& a) { return 4 * (measure_blocks(a) + scatter_blocks(a)); }
 
 void measure(const ProjectArguments& a, void* stream) {
-  with_operands(a, [&](auto o) { launch_measure<Task::linear>(a, o, stream); });
+  with_operands(a, [&](auto factor_type, auto o) { launch_measure<Task::linear>(a, factor_type, o, stream); });
 }
 
 void adjoint(const ProjectArguments& a, void* stream) {
-  with_operands(a, [&](auto o) { launch_scatter<Task::linear>(a, o, o.y, stream); });
+  with_operands(a, [&](auto factor_type, auto o) { launch_scatter<Task::linear>(a, factor_type, o, o.y, stream); });
 }
 
 void gram(const ProjectArguments& a, void* stream) {
-  with_operands(a, [&](auto o) {
-    launch_measure<Task::linear>(a, o, stream);
-    launch_scatter<Task::linear>(a, o, decltype(o.y)(o.y_out), stream);
+  with_operands(a, [&](auto factor_type, auto o) {
+    launch_measure<Task::linear>(a, factor_type, o, stream);
+    launch_scatter<Task::linear>(a, factor_type, o, decltype(o.y)(o.y_out), stream);
   });
 }
 
 void project_step(const ProjectArguments& a, void* stream) {
-  with_operands(a, [&](auto o) {
-    launch_measure<Task::step>(a, o, stream);
-    launch_scatter<Task::step>(a, o, decltype(o.y)(o.y_out), stream);
+  with_operands(a, [&](auto factor_type, auto o) {
+    launch_measure<Task::step>(a, factor_type, o, stream);
+    launch_scatter<Task::step>(a, factor_type, o, decltype(o.y)(o.y_out), stream);
   });
 }
 
 void project_step_backward(const ProjectArguments& a, void* stream) {
-  with_operands(a, [&](auto o) {
+  with_operands(a, [&](auto factor_type, auto o) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(o.abar_t)>>;
-    launch_measure<Task::gradient>(a, o, stream);
+    launch_measure<Task::gradient>(a, factor_type, o, stream);
     o.first_partial = measure_blocks(a);
-    launch_scatter<Task::gradient>(a, o, decltype(o.y)(o.y_out), stream);
+    launch_scatter<Task::gradient>(a, factor_type, o, decltype(o.y)(o.y_out), stream);
     launch(abar_kernel<S>, 1, SUM_THREADS, stream, a.partial, measure_blocks(a) + scatter_blocks(a), o.abar_t, o.abar_prev,
            static_cast<S*>(a.dabar_t), static_cast<S*>(a.dabar_prev));
   });

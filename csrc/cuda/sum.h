@@ -13,4 +13,10 @@ __device__ __forceinline__ double column_sum(const double* partial, int64_t coun
   return block_sum<SUM_THREADS>(sum);
 }
 
+template <class S>
+__global__ void __launch_bounds__(SUM_THREADS) total_kernel(const double* partial, int64_t count, S* total) {
+  const double sum = column_sum<1>(partial, count, 0);
+  if (threadIdx.x == 0) *total = S(sum);
+}
+
 }  // namespace idm::cuda

@@ -41,28 +41,13 @@ Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
   return in;
 }
 
-// Whether a kernel reads x and writes out, or reads dout and x, in these dtypes.
-bool served(Dtype x, Dtype out) {
-  return x == out || (x == Dtype::float32 && (out == Dtype::bfloat16 || out == Dtype::float16));
-}
-
-// Without such a kernel, x goes in as the dtype of sums, and `out` (or dout) too where that does not suffice.
-void set_dtypes(Inputs& in, Dtype out) {
-  cuda::NormArguments& a = in.arguments;
-  const Dtype sums = accumulate_of(a.x_dtype);
-  if (!served(a.x_dtype, out)) a.x_dtype = sums;
-  a.out_dtype = served(a.x_dtype, out) ? out : sums;
-  in.x = in_dtype(in.x, scalar_type_of(a.x_dtype));
-  a.x = in.x.const_data_ptr();
-}
-
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, bool silu,
                                                    ScalarType dtype) {
   OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias, groups, silu);
   cuda::NormArguments& a = in.arguments;
   const Dtype sums = accumulate_of(a.x_dtype);
-  set_dtypes(in, dtype_of("dtype", dtype));
+  set_norm_dtypes(in, dtype_of("dtype", dtype));
   Tensor mean = torch::stable::new_empty(x, {a.images, groups}, scalar_type_of(sums));
   Tensor rstd = torch::stable::new_empty(x, {a.images, groups}, scalar_type_of(sums));
   Tensor out = empty_like(in.x, scalar_type_of(a.out_dtype)), partial = workspace(x, cuda::norm_partials(a), sums);
@@ -89,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dout, Tensor 
           shape_of(*statistic), ", expected (", a.images, ", ", groups, ")");
     check(statistic->scalar_type() == scalar_type_of(sums), name, " must be float64 for float64 x, else float32");
   }
-  set_dtypes(in, dtype_of("dout", dout));
+  set_norm_dtypes(in, dtype_of("dout", dout));
   const Tensor dout_read = in_layout_of(in.x, in_dtype(dout, scalar_type_of(a.out_dtype)));
   const Tensor mean_read = dense(mean), rstd_read = dense(rstd);
   Tensor dx = torch::stable::empty_like(in.x), dweight = torch::stable::empty_like(in.weight);

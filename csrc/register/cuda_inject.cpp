@@ -1,6 +1,7 @@
 // Checks and registration of the injector's CUDA kernels.
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../cuda/launchers.h"
 #include "cuda_tensors.h"
@@ -29,6 +30,7 @@ Inputs prepare(const char* name, const Tensor& h, const Tensor& weight, int64_t 
   Inputs in{walkable(h), dense(in_dtype(weight, sums)), {}};
   cuda::InjectArguments& a = in.arguments;
   a.dtype = dtype_of(name, h);
+  a.stream_dtype = accumulate_of(a.dtype);
   a.images = h.size(0);
   a.planes = planes;
   a.height = h.size(2);
@@ -140,6 +142,108 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_write_backward(Tensor 
   return {dz, dgz, daty, in_dtype(gradients.dweight, weight.scalar_type()), in_dtype(gradients.dbias, weight.scalar_type())};
 }
 
+// What a coupling behind the injector reads besides: features in the order of the stream, and all that the write reads.
+struct CoupledInputs {
+  Inputs in;
+  Tensor stream, d1, z, gz, aty, bias, v;
+  bool copied;  // `stream` is not the caller's
+
+  CoupledInputs(const Tensor& h, const char* stream_name, const Tensor& given, const Tensor& d1_given, const Tensor& z_given,
+                const Tensor& gz_given, const Tensor& aty_given, const Tensor& weight, const Tensor& bias_given,
+                const Tensor& v_given, int64_t r)
+      : in(prepare("h", h, weight, 0, 3, r)),
+        stream(checked(stream_name, given)),
+        d1(checked("d1", d1_given)),
+        z(image("z", z_given, in)),
+        gz(image("gz", gz_given, in)),
+        aty(image("aty", aty_given, in)),
+        bias(bias_of(bias_given, in.arguments.planes, in)),
+        v(v_given) {
+    check_same_dtype(stream_name, stream, "d1", d1);
+    cuda::InjectArguments& a = in.arguments;
+    a.stream_dtype = dtype_of(stream_name, stream);
+    check(a.stream_dtype == Dtype::float32 || a.stream_dtype == Dtype::float64, stream_name, " must be float32 or float64");
+    check_beside("v", v, "h", h);
+    v = one_number("v", v, a.stream_dtype);
+    copied = !stream.is_contiguous() && !channels_last(stream);
+    if (copied) stream = torch::stable::contiguous(stream);
+    d1 = in_layout_of(stream, d1);
+    in.h = in_layout_of(stream, in.h);
+    a.last = !stream.is_contiguous();
+    a.h = in.h.const_data_ptr();
+    a.stream = stream.const_data_ptr();
+    a.d1 = d1.const_data_ptr();
+    a.z = z.const_data_ptr();
+    a.gz = gz.const_data_ptr();
+    a.aty = aty.const_data_ptr();
+    a.bias = bias.const_data_ptr();
+    a.v = v.const_data_ptr();
+  }
+
+  const Tensor& checked(const char* name, const Tensor& x) const {
+    check_beside(name, x, "h", in.h);
+    check_same_shape("h", in.h, name, x);
+    return x;
+  }
+};
+
+using Coupled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// All gradients of the coupling and the injector; `launch` makes them, with x2 into `x2` where it is asked for.
+Coupled coupled_gradients(CoupledInputs& coupled, void (*launch)(const cuda::InjectArguments&, void*), Tensor* x2,
+                          const Tensor& h, const Tensor& d1, const Tensor& weight, const Tensor& bias, const Tensor& v,
+                          void* stream) {
+  Inputs& in = coupled.in;
+  Tensor dh = torch::stable::empty_like(in.h), dx2 = torch::stable::empty_like(coupled.d1);
+  Tensor dz = new_image(in), dgz = new_image(in), daty = new_image(in), dv = torch::stable::empty_like(coupled.v);
+  WeightGradients gradients(in, in.arguments.planes);
+  in.arguments.out = dh.mutable_data_ptr();
+  in.arguments.dx2 = dx2.mutable_data_ptr();
+  in.arguments.dz = dz.mutable_data_ptr();
+  in.arguments.dgz = dgz.mutable_data_ptr();
+  in.arguments.daty = daty.mutable_data_ptr();
+  in.arguments.dv = dv.mutable_data_ptr();
+  if (x2 != nullptr) in.arguments.stream_out = x2->mutable_data_ptr();
+  launch(in.arguments, stream);
+  return {in_layout_of(h, dh), dz, dgz, daty, in_dtype(gradients.dweight, weight.scalar_type()),
+          in_dtype(gradients.dbias, bias.scalar_type()), in_layout_of(d1, dx2), in_dtype(dv, v.scalar_type())};
+}
+
+Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int64_t r) {
+  OnDevice device("h", h);
+  CoupledInputs coupled(h, "x2", x2, x2, z, gz, aty, weight, bias, v, r);
+  Tensor y1 = torch::stable::empty_like(coupled.stream);
+  coupled.in.arguments.stream_out = y1.mutable_data_ptr();
+  cuda::inject_couple(coupled.in.arguments, device.stream);
+  return in_layout_of(x2, y1);
+}
+
+Coupled inject_couple_backward(Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2,
+                               Tensor v, int64_t r) {
+  OnDevice device("h", h);
+  CoupledInputs coupled(h, "x2", x2, d1, z, gz, aty, weight, bias, v, r);
+  return coupled_gradients(coupled, cuda::inject_couple_backward, nullptr, h, d1, weight, bias, v, device.stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inject_uncouple(
+    Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor v, int64_t r) {
+  OnDevice device("h", h);
+  CoupledInputs coupled(h, "y1", y1, d1, z, gz, aty, weight, bias, v, r);
+  Tensor x2 = torch::stable::empty_like(coupled.stream);
+  Coupled gradients = coupled_gradients(coupled, cuda::inject_uncouple, &x2, h, d1, weight, bias, v, device.stream);
+  return std::tuple_cat(std::tuple<Tensor>(in_layout_of(y1, x2)), std::move(gradients));
+}
+
+Coupled inject_uncouple_in_place(Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,
+                                 Tensor v, int64_t r) {
+  OnDevice device("h", h);
+  CoupledInputs coupled(h, "y1", y1, d1, z, gz, aty, weight, bias, v, r);
+  Coupled gradients =
+      coupled_gradients(coupled, cuda::inject_uncouple, &coupled.stream, h, d1, weight, bias, v, device.stream);
+  if (coupled.copied) torch::stable::copy_(y1, coupled.stream);
+  return gradients;
+}
+
 }  // namespace
 
 IDM_CUDA_LIBRARY(m) {
@@ -147,6 +251,10 @@ IDM_CUDA_LIBRARY(m) {
   m.impl("inject_read_backward", TORCH_BOX(&inject_read_backward));
   m.impl("inject_write", TORCH_BOX(&inject_write));
   m.impl("inject_write_backward", TORCH_BOX(&inject_write_backward));
+  m.impl("inject_couple", TORCH_BOX(&inject_couple));
+  m.impl("inject_couple_backward", TORCH_BOX(&inject_couple_backward));
+  m.impl("inject_uncouple", TORCH_BOX(&inject_uncouple));
+  m.impl("inject_uncouple_", TORCH_BOX(&inject_uncouple_in_place));
 }
 
 }  // namespace idm::cuda_ops

@@ -1,4 +1,5 @@
 // Checks and registration of the projection's CUDA kernels. The permutation's entries are on the GPU: the kernels check them.
+// Each op is there twice: its overload "tf32" multiplies float32 on the tensor cores (idm_fast/ops/native.py chooses).
 #include <tuple>
 
 #include "../cuda/launchers.h"
@@ -14,7 +15,7 @@ struct Inputs {
   cuda::ProjectArguments arguments;
 };
 
-Inputs prepare(const char* name, const Tensor& data, const Tensor& matrix, const Tensor& permutation, int64_t pixels) {
+Inputs prepare(const char* name, const Tensor& data, const Tensor& matrix, const Tensor& permutation, int64_t pixels, bool tf32) {
   check_cuda(name, data);
   check_beside("matrix", matrix, name, data);
   check_beside("permutation", permutation, name, data);
@@ -28,6 +29,7 @@ Inputs prepare(const char* name, const Tensor& data, const Tensor& matrix, const
   Inputs in{dense(matrix), dense(permutation), {}};
   cuda::ProjectArguments& a = in.arguments;
   a.dtype = dtype_of(name, data);
+  a.tf32 = tf32;
   a.images = data.size(0);
   a.pixels = pixels;
   a.N = matrix.size(0);
@@ -37,9 +39,9 @@ Inputs prepare(const char* name, const Tensor& data, const Tensor& matrix, const
   return in;
 }
 
-Inputs prepare_image(const char* name, const Tensor& x, const Tensor& matrix, const Tensor& permutation) {
+Inputs prepare_image(const char* name, const Tensor& x, const Tensor& matrix, const Tensor& permutation, bool tf32) {
   check(x.dim() == 4 && x.size(1) == 1, name, " is ", shape_of(x), ", expected (B, 1, H, W)");
-  return prepare(name, x, matrix, permutation, x.size(2) * x.size(3));
+  return prepare(name, x, matrix, permutation, x.size(2) * x.size(3), tf32);
 }
 
 Tensor new_measurements(const Inputs& in, const Tensor& x) {
@@ -57,9 +59,10 @@ void check_measurements(const Tensor& y, const Inputs& in) {
         ", expected (", a.images, ", ", a.pixels / a.N, ", ", a.q, ")");
 }
 
+template <bool TF32>
 Tensor measure(Tensor x, Tensor matrix, Tensor permutation) {
   OnDevice device("x", x);
-  Inputs in = prepare_image("x", x, matrix, permutation);
+  Inputs in = prepare_image("x", x, matrix, permutation, TF32);
   Tensor y = new_measurements(in, x), x_dense = dense(x);
   in.arguments.x = x_dense.const_data_ptr();
   in.arguments.y_out = y.mutable_data_ptr();
@@ -67,10 +70,11 @@ Tensor measure(Tensor x, Tensor matrix, Tensor permutation) {
   return y;
 }
 
+template <bool TF32>
 Tensor adjoint(Tensor y, Tensor matrix, Tensor permutation, int64_t height, int64_t width) {
   OnDevice device("y", y);
   check(y.dim() == 3, "y is ", shape_of(y), ", expected (B, H·W/N, q)");
-  Inputs in = prepare("y", y, matrix, permutation, product_of("height and width", height, width));
+  Inputs in = prepare("y", y, matrix, permutation, product_of("height and width", height, width), TF32);
   check_measurements(y, in);
   Tensor x = new_images(y, y.size(0), height, width), y_dense = dense(y);
   in.arguments.y = y_dense.const_data_ptr();
@@ -79,9 +83,10 @@ Tensor adjoint(Tensor y, Tensor matrix, Tensor permutation, int64_t height, int6
   return x;
 }
 
+template <bool TF32>
 Tensor gram(Tensor x, Tensor matrix, Tensor permutation) {
   OnDevice device("x", x);
-  Inputs in = prepare_image("x", x, matrix, permutation);
+  Inputs in = prepare_image("x", x, matrix, permutation, TF32);
   Tensor out = new_images(x, x.size(0), x.size(2), x.size(3)), x_dense = dense(x);
   Tensor measured = new_measurements(in, x);
   in.arguments.x = x_dense.const_data_ptr();
@@ -98,8 +103,8 @@ struct StepInputs {
 };
 
 StepInputs prepare_step(const Tensor& x, const Tensor& e, const Tensor& y, const Tensor& matrix, const Tensor& permutation,
-                        const Tensor& abar_t, const Tensor& abar_prev) {
-  Inputs in = prepare_image("x", x, matrix, permutation);
+                        const Tensor& abar_t, const Tensor& abar_prev, bool tf32) {
+  Inputs in = prepare_image("x", x, matrix, permutation, tf32);
   check_beside("e", e, "x", x);
   check_beside("y", y, "x", x);
   check_beside("abar_t", abar_t, "x", x);
@@ -118,9 +123,10 @@ StepInputs prepare_step(const Tensor& x, const Tensor& e, const Tensor& y, const
   return step;
 }
 
+template <bool TF32>
 Tensor project_step(Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutation, Tensor abar_t, Tensor abar_prev) {
   OnDevice device("x", x);
-  StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev);
+  StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev, TF32);
   Tensor out = new_images(x, x.size(0), x.size(2), x.size(3));
   Tensor residual = new_measurements(step.in, x);
   step.in.arguments.x_out = out.mutable_data_ptr();
@@ -129,10 +135,11 @@ Tensor project_step(Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutat
   return out;
 }
 
+template <bool TF32>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_step_backward(Tensor g, Tensor x, Tensor e, Tensor y, Tensor matrix,
                                                                         Tensor permutation, Tensor abar_t, Tensor abar_prev) {
   OnDevice device("x", x);
-  StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev);
+  StepInputs step = prepare_step(x, e, y, matrix, permutation, abar_t, abar_prev, TF32);
   check_beside("g", g, "x", x);
   check_same_shape("x", x, "g", g);
   check_same_dtype("x", x, "g", g);
@@ -154,11 +161,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_step_backward(Tensor 
 }  // namespace
 
 IDM_CUDA_LIBRARY(m) {
-  m.impl("measure", TORCH_BOX(&measure));
-  m.impl("adjoint", TORCH_BOX(&adjoint));
-  m.impl("gram", TORCH_BOX(&gram));
-  m.impl("project_step", TORCH_BOX(&project_step));
-  m.impl("project_step_backward", TORCH_BOX(&project_step_backward));
+  m.impl("measure", TORCH_BOX(&measure<false>));
+  m.impl("measure.tf32", TORCH_BOX(&measure<true>));
+  m.impl("adjoint", TORCH_BOX(&adjoint<false>));
+  m.impl("adjoint.tf32", TORCH_BOX(&adjoint<true>));
+  m.impl("gram", TORCH_BOX(&gram<false>));
+  m.impl("gram.tf32", TORCH_BOX(&gram<true>));
+  m.impl("project_step", TORCH_BOX(&project_step<false>));
+  m.impl("project_step.tf32", TORCH_BOX(&project_step<true>));
+  m.impl("project_step_backward", TORCH_BOX(&project_step_backward<false>));
+  m.impl("project_step_backward.tf32", TORCH_BOX(&project_step_backward<true>));
 }
 
 }  // namespace idm::cuda_ops

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "../cuda/launchers.h"
 #include "cpu_tensors.h"
 
 #if defined(IDM_EMULATED)
@@ -70,6 +71,18 @@ inline ScalarType scalar_type_of(Dtype dtype) {
 
 // float64 for float64, else float32: what sums of a dtype are made in.
 inline Dtype accumulate_of(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
+
+// A norm's x, and out or dout, as a kernel takes them: without one for their dtypes x goes in as the dtype of sums, and `out` too
+// where that does not suffice. `in` has the tensor x and the `arguments` of a norm.
+template <class Inputs>
+void set_norm_dtypes(Inputs& in, Dtype out) {
+  auto& a = in.arguments;
+  const Dtype sums = accumulate_of(a.x_dtype);
+  if (!cuda::norm_serves(a.x_dtype, out)) a.x_dtype = sums;
+  a.out_dtype = cuda::norm_serves(a.x_dtype, out) ? out : sums;
+  in.x = in_dtype(in.x, scalar_type_of(a.x_dtype));
+  a.x = in.x.const_data_ptr();
+}
 
 // A tensor of one element, as `dtype`; it stays on the GPU.
 inline Tensor one_number(const char* name, const Tensor& x, Dtype dtype) {

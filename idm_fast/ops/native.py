@@ -12,6 +12,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,38 @@ def load_cuda() -> str | None:
 
 
 def _add(name: str, key: str) -> None:
-    registered = {name.removeprefix("idm_fast_native::") for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)}
+    for op, function in kernels("idm_fast_native", key).items():
+        add_implementation(op, name, function, (name,))
+
+
+def kernels(library: str, key: str) -> dict[str, Callable[..., Any]]:
+    """The ops that `library` has kernels for under a dispatch key, by name.
+
+    One with an overload "tf32" (a product with Φ on the tensor cores) takes that for float32 while PyTorch is told to use TF32
+    for matrix products.
+    """
+    prefix = f"{library}::"
+    registered = {
+        name.removeprefix(prefix)
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        if name.startswith(prefix)
+    }
+    functions = {}
     for op in OPS.keys() & registered:
-        add_implementation(op, name, getattr(torch.ops.idm_fast_native, op).default, (name,))
+        packet = getattr(getattr(torch.ops, library), op)
+        functions[op] = _in_asked_precision(packet) if f"{op}.tf32" in registered else packet.default
+    return functions
+
+
+def _in_asked_precision(packet: Any) -> Callable[..., Any]:
+    exact, rounded = packet.default, packet.tf32
+
+    def product(*args: Any) -> Any:
+        # Asked for in any way: torch.set_float32_matmul_precision, allow_tf32 and fp32_precision of this backend or of all.
+        asked = args[0].dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return rounded(*args) if asked else exact(*args)
+
+    return product
 
 
 def build_record() -> dict[str, Any] | None:

@@ -6,6 +6,10 @@
 
 Φ is (N, q) with orthonormal columns, so A Aᵀ = I. `permutation` is (H·W,) int64: row-major pixel k of the permuted image is
 x.flatten()[permutation[k]]. Φ and the permutation are fixed: they get no gradient, and the public functions refuse one.
+
+Products of float32 are exact. On a GPU the plain-PyTorch reference and the CUDA kernels make them in TF32 instead while PyTorch
+is told to (`torch.set_float32_matmul_precision("high")`, or `torch.backends.cuda.matmul.fp32_precision = "tf32"`); Triton's
+kernels never do.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from idm_fast.ops import native
 from idm_fast.ops.registry import OPS
 
 HERE = Path(__file__).parent
@@ -64,13 +65,17 @@ def functions(library: Path) -> dict[str, Callable[..., Any]]:
     """The ops of `library` by name, registered for CPU tensors as torch.ops.idm_fast_emulated."""
     schemas = torch.library.Library("idm_fast_emulated", "DEF")
     for op in OPS.values():
-        schemas.define(str(op.overload._schema).removeprefix("idm_fast::"))
+        schema = str(op.overload._schema).removeprefix("idm_fast::")
+        schemas.define(schema)
+        if op.name in IN_TF32:
+            schemas.define(schema.replace("(", ".tf32(", 1))
     KEPT.append(schemas)
     torch.ops.load_library(str(library))
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    names = [name.removeprefix("idm_fast_emulated::") for name in registered if name.startswith("idm_fast_emulated::")]
-    return {name: getattr(torch.ops.idm_fast_emulated, name).default for name in names}
+    return native.kernels("idm_fast_emulated", "CPU")
 
+
+IN_TF32 = ("measure", "adjoint", "gram", "project_step", "project_step_backward")
+"""Ops that have products with Φ."""
 
 KEPT: list[torch.library.Library] = []
 """A library's schemas live as long as it does."""

@@ -19,19 +19,24 @@ namespace emulation {
 namespace {
 
 constexpr size_t STACK = 128 * 1024;
+constexpr int NOBODY = -1;
 constexpr size_t LARGEST_EXCHANGE = 32;
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[STACK]};
-  bool done = false;
-  void* fake_stack = nullptr;
-};
 
 // A place where `expected` threads meet.
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  bool done = false;
+  const Barrier* waits_at = nullptr;
+  unsigned generation = 0;  // of that barrier, when it came
+  void* fake_stack = nullptr;
+
+  bool can_run() const { return !done && (waits_at == nullptr || waits_at->generation != generation); }
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -91,12 +96,21 @@ void meet(Barrier& barrier, int expected) {
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) switch_back(false);
+  current->waits_at = &barrier;
+  current->generation = generation;
+  switch_back(false);
+  current->waits_at = nullptr;
 }
 
 }  // namespace
 
 unsigned lane() { return threadIdx.x % 32; }
+
+uint32_t checked_tf32(uint32_t word) {
+  const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
+  if (word & 0x1fffu && !nan) die("a factor was not rounded to TF32");
+  return word;
+}
 
 const void* exchange(const void* mine, size_t size, unsigned from) {
   if (size > LARGEST_EXCHANGE) die("a lane exchanges too much at once");
@@ -122,22 +136,27 @@ void run(unsigned blocks, int threads, const std::function<void()>& kernel) {
       fiber.context.uc_stack.ss_size = STACK;
       fiber.context.uc_link = nullptr;
       fiber.done = false;
+      fiber.waits_at = nullptr;
       fiber.fake_stack = nullptr;
       makecontext(&fiber.context, fiber_main, 0);
     }
+    // One warp is held back until all others wait for it, then another one: what overtakes it, it will miss.
+    int held = int(random >> 16) % (threads / 32);
     for (int left = threads; left > 0;) {
       random = random * 1664525u + 1013904223u;
       const unsigned first = random >> 16, step = (random & 256u) ? 1u : static_cast<unsigned>(threads) - 1;
       progress = false;
       for (unsigned i = 0, t = first % threads; i < static_cast<unsigned>(threads); ++i, t = (t + step) % threads) {
         Fiber& fiber = *fibers[t];
-        if (fiber.done) continue;
+        if (!fiber.can_run() || int(t) / 32 == held) continue;
         threadIdx.x = t;
         current = &fiber;
         switch_to(&fiber);
         left -= fiber.done;
       }
-      if (!progress) die("some threads wait at a barrier that the others never reach");
+      if (!progress && held == NOBODY) die("some threads wait at a barrier that the others never reach");
+      if (!progress) held = NOBODY;
+      else if (held == NOBODY) held = int(random >> 20) % (threads / 32);
     }
   }
 }
