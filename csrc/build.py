@@ -356,7 +356,7 @@ def _host_compiler(toolchain: Toolchain) -> list[str]:
 def _sanitizing(toolchain: Toolchain) -> list[str]:
     if not toolchain.sanitize:
         return []
-    return [f"-fsanitize={toolchain.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    return [f"-fsanitize={toolchain.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O0"]
 
 
 def _linking() -> list[str]:

@@ -16,6 +16,7 @@ namespace {
 InjectArguments prepare(const char* name, const Tensor& h, const Tensor& weight, int64_t r, bool write) {
   check_cpu(name, h);
   check_cpu("weight", weight);
+  dtype_of("weight", weight);
   check(h.dim() == 4, name, " is ", shape_of(h), ", expected (B, C, H/r, W/r)");
   check(r > 0 && h.size(1) % product_of("r and r", r, r) == 0, "r is ", r, ", and ", name, " has ", h.size(1),
         " channels; they must be a multiple of r²");
@@ -53,6 +54,7 @@ Tensor new_features(const Tensor& h) {
 Tensor inject_read(Tensor h, Tensor weight, Tensor bias, int64_t r) {
   InjectArguments a = prepare("h", h, weight, r, false);
   check_cpu("bias", bias);
+  dtype_of("bias", bias);
   check(bias.numel() == 1, "bias is ", shape_of(bias), ", expected one element");
   const Tensor features = dense(h), w = accurate(weight, h), b = accurate(bias, h);
   Tensor z = new_image(h, a);
@@ -95,6 +97,7 @@ Tensor inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Te
   check_image("gz", gz, "h", h, a);
   check_image("aty", aty, "h", h, a);
   check_cpu("bias", bias);
+  dtype_of("bias", bias);
   check(bias.dim() == 1 && bias.size(0) == a.channels, "bias is ", shape_of(bias), ", expected (", a.channels, ",)");
   const Tensor features = dense(h), w = accurate(weight, h), b = accurate(bias, h);
   const Tensor images[3] = {dense(z), dense(gz), dense(aty)};
@@ -142,9 +145,16 @@ struct Accurate {
 
   Accurate(const Tensor& h, const Tensor& z, const Tensor& gz, const Tensor& aty)
       : h(in_dtype(h, accurate_dtype(h))),
-        z(in_dtype(z, accurate_dtype(h))),
-        gz(in_dtype(gz, accurate_dtype(h))),
-        aty(in_dtype(aty, accurate_dtype(h))) {}
+        z(like("z", z, h)),
+        gz(like("gz", gz, h)),
+        aty(like("aty", aty, h)) {
+    dtype_of("h", h);
+  }
+
+  static Tensor like(const char* name, const Tensor& image, const Tensor& h) {
+    check_same_dtype("h", h, name, image);
+    return in_dtype(image, accurate_dtype(h));
+  }
 
   Tensor write(const Tensor& weight, const Tensor& bias, int64_t r) const { return inject_write(h, z, gz, aty, weight, bias, r); }
 

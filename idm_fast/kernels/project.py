@@ -6,6 +6,7 @@ kernels, and neither gathered pixels nor anything else of the size of an image i
     measure kernel:  rows·Φ − y, the rows gathered, and on demand denoised, as they are read
     adjoint kernel:  measurements·Φᵀ, scattered; with `step_fwd_kernel` and `step_bwd_kernel` the DDIM update rides on it
 
+An entry of the permutation that points out of the image is never followed: its pixel is read as NaN and not written.
 A program computes a tile of rows × columns and reads each element of Φ that it needs once. Products are of float32 in full
 (no TF32), of float64 for float64, and so are all sums; what passes from kernel to kernel keeps that dtype.
 """
@@ -30,10 +31,13 @@ ROWS = 16
 
 @triton.jit
 def places(permutation, row, column, rows, per_image, N):
-    """Where in the batch of images the given rows and columns of the gathered matrix stand, and which of them there are."""
-    there = (row < rows)[:, None] & (column < N)[None, :]
-    pixel = tl.load(permutation + (row % per_image)[:, None] * N + column[None, :], there, other=0)
-    return (row // per_image)[:, None].to(tl.int64) * (per_image * N) + pixel, there
+    """Where in the batch of images the given rows and columns of the gathered matrix stand, which of them are in an image,
+    and what stands for those that are not: nothing beyond the matrix, NaN where the permutation points out of the image."""
+    asked = (row < rows)[:, None] & (column < N)[None, :]
+    pixel = tl.load(permutation + (row % per_image)[:, None] * N + column[None, :], asked, other=0)
+    there = asked & (pixel >= 0) & (pixel < per_image * N)
+    at = (row // per_image)[:, None].to(tl.int64) * (per_image * N) + pixel
+    return at, there, tl.where(asked, float("nan"), 0.0)
 
 
 @triton.jit
@@ -57,8 +61,8 @@ def measure_kernel(
         s, c = roots(abar, total)
     for done in range(0, N, DEPTH):
         n = done + tl.arange(0, DEPTH)
-        at, there = places(permutation, row, n, rows, per_image, N)
-        value = exact(tl.load(x + at, there, other=0.0))
+        at, there, missing = places(permutation, row, n, rows, per_image, N)
+        value = exact(tl.load(x + at, there, other=missing))
         if DENOISE:
             value = divide(value - c * exact(tl.load(e + at, there, other=0.0)), s + tl.zeros_like(value))
         elif abar is not None:
@@ -97,7 +101,7 @@ def adjoint_kernel(
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     total = back(y, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there = places(permutation, row, column, rows, per_image, N)
+    at, there, _ = places(permutation, row, column, rows, per_image, N)
     tl.store(out + at, total, there)
 
 
@@ -111,7 +115,7 @@ def step_fwd_kernel(
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     correction = back(residual, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there = places(permutation, row, column, rows, per_image, N)
+    at, there, _ = places(permutation, row, column, rows, per_image, N)
     s, c = roots(abar_t, correction)
     s_prev, c_prev = roots(abar_prev, correction)
     noise = exact(tl.load(e + at, there, other=0.0))
@@ -134,7 +138,7 @@ def step_bwd_kernel(
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     correction = back(residual, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
     removed = back(dy, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there = places(permutation, row, column, rows, per_image, N)
+    at, there, _ = places(permutation, row, column, rows, per_image, N)
     s, c = roots(abar_t, correction)
     s_prev, c_prev = roots(abar_prev, correction)
     noise = exact(tl.load(e + at, there, other=0.0))

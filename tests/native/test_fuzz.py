@@ -284,6 +284,8 @@ def test_a_native_op_returns_what_the_reference_returns_or_raises(name: str, see
         assert isinstance(expected, Exception) or not as_given, f"refuses what the reference takes: {got}"
         written: list[Tensor] = []
     else:
+        refused = attempt(OPS[name].check, before)
+        assert not isinstance(refused, Exception), f"takes what the other implementations refuse: {refused}"
         mixed = isinstance(expected, Exception)
         if mixed:
             # PyTorch's operations refuse some mixtures of dtypes that kernels read as easily.
