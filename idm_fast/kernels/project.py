@@ -31,13 +31,12 @@ ROWS = 16
 
 @triton.jit
 def places(permutation, row, column, rows, per_image, N):
-    """Where in the batch of images the given rows and columns of the gathered matrix stand, which of them are in an image,
-    and what stands for those that are not: nothing beyond the matrix, NaN where the permutation points out of the image."""
-    asked = (row < rows)[:, None] & (column < N)[None, :]
-    pixel = tl.load(permutation + (row % per_image)[:, None] * N + column[None, :], asked, other=0)
-    there = asked & (pixel >= 0) & (pixel < per_image * N)
-    at = (row // per_image)[:, None].to(tl.int64) * (per_image * N) + pixel
-    return at, there, tl.where(asked, float("nan"), 0.0)
+    """Where in the batch of images the given rows and columns of the gathered matrix stand, and which of them are in an image:
+    those in the matrix, unless the permutation points elsewhere."""
+    there = (row < rows)[:, None] & (column < N)[None, :]
+    pixel = tl.load(permutation + (row % per_image)[:, None] * N + column[None, :], there, other=0)
+    there &= (pixel >= 0) & (pixel < per_image * N)
+    return (row // per_image)[:, None].to(tl.int64) * (per_image * N) + pixel, there
 
 
 @triton.jit
@@ -61,12 +60,13 @@ def measure_kernel(
         s, c = roots(abar, total)
     for done in range(0, N, DEPTH):
         n = done + tl.arange(0, DEPTH)
-        at, there, missing = places(permutation, row, n, rows, per_image, N)
-        value = exact(tl.load(x + at, there, other=missing))
+        at, there = places(permutation, row, n, rows, per_image, N)
+        value = exact(tl.load(x + at, there, other=float("nan")))
         if DENOISE:
             value = divide(value - c * exact(tl.load(e + at, there, other=0.0)), s + tl.zeros_like(value))
         elif abar is not None:
             value = s * value
+        value = tl.where((n < N)[None, :], value, 0.0)
         mask = (n < N)[:, None] & (column < q)[None, :]
         phi = exact(tl.load(matrix + n[:, None] * matrix_n + column[None, :] * matrix_q, mask, other=0.0))
         total += tl.dot(value, phi, input_precision="ieee", out_dtype=total.dtype)
@@ -101,7 +101,7 @@ def adjoint_kernel(
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     total = back(y, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there, _ = places(permutation, row, column, rows, per_image, N)
+    at, there = places(permutation, row, column, rows, per_image, N)
     tl.store(out + at, total, there)
 
 
@@ -115,7 +115,7 @@ def step_fwd_kernel(
     row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     correction = back(residual, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there, _ = places(permutation, row, column, rows, per_image, N)
+    at, there = places(permutation, row, column, rows, per_image, N)
     s, c = roots(abar_t, correction)
     s_prev, c_prev = roots(abar_prev, correction)
     noise = exact(tl.load(e + at, there, other=0.0))
@@ -138,7 +138,7 @@ def step_bwd_kernel(
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     correction = back(residual, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
     removed = back(dy, matrix, row, column, rows, N, q, matrix_n, matrix_q, DEPTH)
-    at, there, _ = places(permutation, row, column, rows, per_image, N)
+    at, there = places(permutation, row, column, rows, per_image, N)
     s, c = roots(abar_t, correction)
     s_prev, c_prev = roots(abar_prev, correction)
     noise = exact(tl.load(e + at, there, other=0.0))
