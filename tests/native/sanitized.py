@@ -4,7 +4,7 @@
 
 The first wrong read, write or arithmetic ends the run with its place. torch itself is not compiled so: what is seen is ours.
 All tests of the C++ kernels run: every op, dtype, layout and tail under every instruction set of this machine, and the fuzzing.
-Left out is opcheck, which calls no kernel with other arguments and takes three times as long as all the rest. --quick compiles
+Left out is opcheck, which calls no kernel with other arguments and takes longer than all the rest. --quick compiles
 without optimization and runs what depends on no rounding: fuzzing, with every instruction set, and large arguments on threads.
 """
 
