@@ -54,7 +54,7 @@ lint: $(DEV_READY) ## ruff
 types: $(DEV_READY) ## mypy on the package
 	$(VENV_PYTHON) -m mypy
 
-sanitize: $(DEV_READY) ## the native tests on an extension with AddressSanitizer and UBSan (minutes)
+sanitize: $(DEV_READY) ## all tests of the C++ kernels but opcheck, with AddressSanitizer and UBSan (minutes)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/native/sanitized.py
 
 clean: ## remove the virtual environment, build leftovers and caches (demo_output/ stays)

@@ -4,10 +4,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # without build isolation nobody has looked at pyproject.toml's requirement
+    sys.exit(f"idm-fast: setuptools {__version__} is too old to build it: pip install 'setuptools>=77'")
 
 ROOT = Path(__file__).resolve().parent
 

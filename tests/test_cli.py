@@ -335,6 +335,16 @@ def test_doctor_reports_versions_devices_and_every_op(capsys):
     assert "broken" not in printed
 
 
+def test_doctor_names_what_is_missing_and_why(monkeypatch, capsys):
+    from idm_fast.ops import native, registry
+
+    monkeypatch.setattr(native, "load_cpu", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(registry, "load_triton", lambda: "Triton is not installed")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu is missing: no C++ compiler was found" in printed and "triton is missing: Triton is not installed" in printed
+
+
 def test_doctor_goes_on_when_a_part_is_broken(monkeypatch, capsys):
     from idm_fast.commands import doctor
 

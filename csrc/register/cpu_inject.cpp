@@ -15,6 +15,7 @@ namespace {
 InjectArguments prepare(const char* name, const Tensor& h, const Tensor& weight, int64_t r, bool write) {
   check_cpu(name, h);
   check_cpu("weight", weight);
+  dtype_of("weight", weight);
   check(h.dim() == 4, name, " is ", shape_of(h), ", expected (B, C, H/r, W/r)");
   check(r > 0 && h.size(1) % product_of("r and r", r, r) == 0, "r is ", r, ", and ", name, " has ", h.size(1),
         " channels; they must be a multiple of r²");
@@ -52,6 +53,7 @@ Tensor new_features(const Tensor& h) {
 Tensor inject_read(Tensor h, Tensor weight, Tensor bias, int64_t r) {
   InjectArguments a = prepare("h", h, weight, r, false);
   check_cpu("bias", bias);
+  dtype_of("bias", bias);
   check(bias.numel() == 1, "bias is ", shape_of(bias), ", expected one element");
   const Tensor features = dense(h), w = accurate(weight, h), b = accurate(bias, h);
   Tensor z = new_image(h, a);
@@ -114,6 +116,7 @@ struct WriteInputs {
   void set_bias(const Tensor& given) {
     const InjectArguments& a = arguments;
     check_cpu("bias", given);
+    dtype_of("bias", given);
     check(given.dim() == 1 && given.size(0) == a.channels, "bias is ", shape_of(given), ", expected (", a.channels, ",)");
     bias = accurate(given, h);
     arguments.bias = bias.const_data_ptr();

@@ -104,8 +104,10 @@ def _native() -> Iterable[str]:
 
 def _operations() -> Iterable[str]:
     yield f"IDM_FAST_IMPL is {os.environ.get('IDM_FAST_IMPL') or 'not set'}"
-    from idm_fast.ops import report
+    from idm_fast.ops import missing, report
 
+    for name, reason in missing().items():
+        yield f"{name} is missing: {reason}"
     for row in report():
         others = [name for name in row.available if name != row.implementation]
         also = f"; also here: {', '.join(others)}" if others else ""

@@ -6,6 +6,7 @@ kernels, and neither gathered pixels nor anything else of the size of an image i
     measure kernel:  rows·Φ − y, the rows gathered, and on demand denoised, as they are read
     adjoint kernel:  measurements·Φᵀ, scattered; with `step_fwd_kernel` and `step_bwd_kernel` the DDIM update rides on it
 
+An entry of the permutation that points out of the image is never followed: its pixel is read as NaN and not written.
 A program computes a tile of rows × columns and reads each element of Φ that it needs once. Products are of float32 in full
 (no TF32), of float64 for float64, and so are all sums; what passes from kernel to kernel keeps that dtype.
 """
@@ -30,9 +31,11 @@ ROWS = 16
 
 @triton.jit
 def places(permutation, row, column, rows, per_image, N):
-    """Where in the batch of images the given rows and columns of the gathered matrix stand, and which of them there are."""
+    """Where in the batch of images the given rows and columns of the gathered matrix stand, and which of them are in an image:
+    those in the matrix, unless the permutation points elsewhere."""
     there = (row < rows)[:, None] & (column < N)[None, :]
     pixel = tl.load(permutation + (row % per_image)[:, None] * N + column[None, :], there, other=0)
+    there &= (pixel >= 0) & (pixel < per_image * N)
     return (row // per_image)[:, None].to(tl.int64) * (per_image * N) + pixel, there
 
 
@@ -58,11 +61,12 @@ def measure_kernel(
     for done in range(0, N, DEPTH):
         n = done + tl.arange(0, DEPTH)
         at, there = places(permutation, row, n, rows, per_image, N)
-        value = exact(tl.load(x + at, there, other=0.0))
+        value = exact(tl.load(x + at, there, other=float("nan")))
         if DENOISE:
             value = divide(value - c * exact(tl.load(e + at, there, other=0.0)), s + tl.zeros_like(value))
         elif abar is not None:
             value = s * value
+        value = tl.where((n < N)[None, :], value, 0.0)
         mask = (n < N)[:, None] & (column < q)[None, :]
         phi = exact(tl.load(matrix + n[:, None] * matrix_n + column[None, :] * matrix_q, mask, other=0.0))
         total += tl.dot(value, phi, input_precision="ieee", out_dtype=total.dtype)

@@ -35,15 +35,36 @@ def unpack_bits_reference(packed: Tensor, bits: int, numel: int) -> Tensor:
     return codes.view(-1)[:numel]
 
 
+def _check(tensor: Tensor, name: str, bits: int) -> None:
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"{name} is {tensor.dtype}, expected torch.uint8")
+    if bits not in WIDTHS:
+        raise ValueError(f"bits: {bits}, expected one of {WIDTHS}")
+
+
+def _check_pack(codes: Tensor, bits: int) -> None:
+    _check(codes, "codes", bits)
+
+
+def _check_unpack(packed: Tensor, bits: int, numel: int) -> None:
+    _check(packed, "packed", bits)
+    if numel < 0 or packed.shape != (packed_bytes(numel, bits),):
+        raise ValueError(
+            f"packed is {tuple(packed.shape)}; {numel} codes of {bits} bits take ({packed_bytes(numel, bits)},) bytes"
+        )
+
+
 pack_bits_op = define_op(
     "pack_bits(Tensor codes, int bits) -> Tensor",
     pack_bits_reference,
     lambda codes, bits: codes.new_empty(packed_bytes(codes.numel(), bits)),
+    _check_pack,
 )
 unpack_bits_op = define_op(
     "unpack_bits(Tensor packed, int bits, int numel) -> Tensor",
     unpack_bits_reference,
     lambda packed, bits, numel: packed.new_empty(numel),
+    _check_unpack,
 )
 
 
@@ -60,7 +81,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: another dtype or width.
     """
-    _check(codes, "codes", bits)
+    _check_pack(codes, bits)
     return pack_bits_op(codes, bits)
 
 
@@ -70,16 +91,5 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     Raises:
         ValueError: another dtype or width, or `packed` is not what `numel` codes take.
     """
-    _check(packed, "packed", bits)
-    if packed.shape != (packed_bytes(numel, bits),):
-        raise ValueError(
-            f"packed is {tuple(packed.shape)}; {numel} codes of {bits} bits take ({packed_bytes(numel, bits)},) bytes"
-        )
+    _check_unpack(packed, bits, numel)
     return unpack_bits_op(packed, bits, numel)
-
-
-def _check(tensor: Tensor, name: str, bits: int) -> None:
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"{name} is {tensor.dtype}, expected torch.uint8")
-    if bits not in WIDTHS:
-        raise ValueError(f"bits: {bits}, expected one of {WIDTHS}")

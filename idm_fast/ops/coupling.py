@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idm_fast.ops.arguments import check_dtype, check_floating, check_number, check_shape
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -38,31 +39,47 @@ def uncouple_inplace_reference(y1: Tensor, F: Tensor, d1: Tensor, v: Tensor) -> 
     return couple_backward_reference(d1, F, x2, v)
 
 
+def check_coupling(F: Tensor, v: Tensor, **streams: Tensor) -> None:
+    """F and v of any floating dtype; streams of F's shape and of one floating dtype."""
+    check_floating("F", F.dtype)
+    check_number("v", v)
+    dtype = next(iter(streams.values())).dtype
+    for name, stream in streams.items():
+        check_floating(name, stream.dtype)
+        check_dtype(name, stream, dtype)
+        check_shape(name, stream, F.shape)
+
+
 couple_op = define_op(
     "couple(Tensor F, Tensor x2, Tensor v) -> Tensor",
     couple_reference,
     lambda F, x2, v: torch.empty_like(x2),
+    lambda F, x2, v: check_coupling(F, v, x2=x2),
 )
 decouple_op = define_op(
     "decouple(Tensor y1, Tensor F, Tensor v) -> Tensor",
     decouple_reference,
     lambda y1, F, v: torch.empty_like(y1),
+    lambda y1, F, v: check_coupling(F, v, y1=y1),
 )
 couple_backward_op = define_op(
     "couple_backward(Tensor d1, Tensor F, Tensor x2, Tensor v) -> (Tensor, Tensor, Tensor)",
     couple_backward_reference,
     lambda d1, F, x2, v: (torch.empty_like(F), torch.empty_like(d1), torch.empty_like(v)),
+    lambda d1, F, x2, v: check_coupling(F, v, x2=x2, d1=d1),
 )
 uncouple_op = define_op(
     "uncouple(Tensor y1, Tensor F, Tensor d1, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)",
     uncouple_reference,
     lambda y1, F, d1, v: (torch.empty_like(y1), torch.empty_like(F), torch.empty_like(d1), torch.empty_like(v)),
+    lambda y1, F, d1, v: check_coupling(F, v, y1=y1, d1=d1),
 )
 
 uncouple_inplace_op = define_op(
     "uncouple_(Tensor(a!) y1, Tensor F, Tensor d1, Tensor v) -> (Tensor, Tensor, Tensor)",
     uncouple_inplace_reference,
     lambda y1, F, d1, v: (torch.empty_like(F), torch.empty_like(d1), torch.empty_like(v)),
+    lambda y1, F, d1, v: check_coupling(F, v, y1=y1, d1=d1),
 )
 """`uncouple` with x2 written over y1; returns dF, dx2, dv. Not differentiable."""
 

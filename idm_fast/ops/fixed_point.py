@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idm_fast.ops.arguments import check_floating, check_number
 from idm_fast.ops.bits import pack_bits_reference, packed_bytes, unpack_bits_reference
 from idm_fast.ops.coupling import couple_backward_reference
 from idm_fast.ops.registry import define_op
@@ -95,20 +96,93 @@ def fixed_uncouple_reference(
     return X2, *couple_backward_reference(d1, F, from_fixed_reference(X2, fraction_bits, d1.dtype), v)
 
 
+def check_fraction_bits(fraction_bits: int) -> None:
+    """ValueError unless int32 can hold that many bits of a fraction."""
+    if not 0 <= fraction_bits <= 30:
+        raise ValueError(f"fraction_bits: {fraction_bits}, expected 0 … 30; the streams hold values below 2^(31−fraction_bits)")
+
+
+def _check_integers(X: Tensor, name: str) -> None:
+    if X.dtype != torch.int32:
+        raise ValueError(f"{name} is {X.dtype}, expected torch.int32 (to_fixed makes it)")
+
+
+def _check(F: Tensor, X: Tensor, name: str, fraction_bits: int) -> None:
+    check_fraction_bits(fraction_bits)
+    _check_integers(X, name)
+    if F.shape != X.shape:
+        raise ValueError(f"F has shape {tuple(F.shape)} and {name} {tuple(X.shape)}; the body must preserve the shape")
+    check_floating("F", F.dtype)
+
+
+def _check_weight(v: Tensor, bits: int, widths: tuple[int, ...]) -> None:
+    check_number("v", v)
+    if bits not in widths:
+        raise ValueError(f"bits: {bits}, expected one of {widths}: 2 for v in [0.25, 1], 1 for v in [0.5, 1]")
+
+
+def _check_packed(packed: Tensor, Y1: Tensor, bits: int) -> None:
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(Y1.numel(), bits),):
+        raise ValueError(
+            f"packed is {packed.dtype} {tuple(packed.shape)}; {Y1.numel()} codes of {bits} bits are torch.uint8 "
+            f"({packed_bytes(Y1.numel(), bits)},), as fixed_couple returned them for the same bits"
+        )
+
+
+def _check_to_fixed(x: Tensor, fraction_bits: int) -> None:
+    check_fraction_bits(fraction_bits)
+    check_floating("x", x.dtype)
+
+
+def _check_from_fixed(X: Tensor, fraction_bits: int, dtype: torch.dtype) -> None:
+    check_fraction_bits(fraction_bits)
+    _check_integers(X, "X")
+    check_floating("dtype", dtype)
+
+
+def _check_add(F: Tensor, X: Tensor, fraction_bits: int, sign: int) -> None:
+    _check(F, X, "X", fraction_bits)
+    if sign not in (1, -1):
+        raise ValueError(f"sign: {sign}, expected 1 or -1")
+
+
+def _check_couple(F: Tensor, X2: Tensor, v: Tensor, fraction_bits: int, bits: int) -> None:
+    _check(F, X2, "X2", fraction_bits)
+    _check_weight(v, bits, (0, 1, 2))
+
+
+def _check_decouple(Y1: Tensor, F: Tensor, packed: Tensor, v: Tensor, fraction_bits: int, bits: int) -> None:
+    _check(F, Y1, "Y1", fraction_bits)
+    _check_weight(v, bits, (1, 2))
+    _check_packed(packed, Y1, bits)
+
+
+def _check_uncouple(
+    Y1: Tensor, F: Tensor, d1: Tensor, packed: Tensor, v: Tensor, fraction_bits: int, bits: int
+) -> None:
+    _check_decouple(Y1, F, packed, v, fraction_bits, bits)
+    check_floating("d1", d1.dtype)
+    if d1.shape != F.shape:
+        raise ValueError(f"F has shape {tuple(F.shape)} and d1 {tuple(d1.shape)}; they must be the same")
+
+
 to_fixed_op = define_op(
     "to_fixed(Tensor x, int fraction_bits) -> Tensor",
     to_fixed_reference,
     lambda x, fraction_bits: torch.empty_like(x, dtype=torch.int32),
+    _check_to_fixed,
 )
 from_fixed_op = define_op(
     "from_fixed(Tensor X, int fraction_bits, ScalarType dtype) -> Tensor",
     from_fixed_reference,
     lambda X, fraction_bits, dtype: torch.empty_like(X, dtype=dtype),
+    _check_from_fixed,
 )
 fixed_add_op = define_op(
     "fixed_add(Tensor F, Tensor X, int fraction_bits, int sign) -> Tensor",
     fixed_add_reference,
     lambda F, X, fraction_bits, sign: torch.empty_like(X),
+    _check_add,
 )
 fixed_couple_op = define_op(
     "fixed_couple(Tensor F, Tensor X2, Tensor v, int fraction_bits, int bits) -> (Tensor, Tensor)",
@@ -117,11 +191,13 @@ fixed_couple_op = define_op(
         torch.empty_like(X2),
         X2.new_empty(packed_bytes(X2.numel(), bits), dtype=torch.uint8),
     ),
+    _check_couple,
 )
 fixed_decouple_op = define_op(
     "fixed_decouple(Tensor Y1, Tensor F, Tensor packed, Tensor v, int fraction_bits, int bits) -> Tensor",
     fixed_decouple_reference,
     lambda Y1, F, packed, v, fraction_bits, bits: torch.empty_like(Y1),
+    _check_decouple,
 )
 fixed_uncouple_op = define_op(
     "fixed_uncouple(Tensor Y1, Tensor F, Tensor d1, Tensor packed, Tensor v, int fraction_bits, int bits) "
@@ -133,19 +209,19 @@ fixed_uncouple_op = define_op(
         torch.empty_like(d1),
         torch.empty_like(v),
     ),
+    _check_uncouple,
 )
 
 
 def to_fixed(x: Tensor, fraction_bits: int) -> Tensor:
     """round(x·2^fraction_bits) in int32; ties to even. ValueError for fraction_bits outside 0 … 30."""
-    check_fraction_bits(fraction_bits)
+    _check_to_fixed(x, fraction_bits)
     return to_fixed_op(x, fraction_bits)
 
 
 def from_fixed(X: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
     """X·2^−fraction_bits in `dtype`; exact in float64, rounded in float32 from |X| = 2^24 on. ValueError as in `to_fixed`."""
-    check_fraction_bits(fraction_bits)
-    _check_integers(X, "X")
+    _check_from_fixed(X, fraction_bits, dtype)
     return from_fixed_op(X, fraction_bits, dtype)
 
 
@@ -159,9 +235,7 @@ def fixed_add(F: Tensor, X: Tensor, fraction_bits: int, sign: int = 1) -> Tensor
     Raises:
         ValueError: shapes differ, X is not int32, fraction_bits outside 0 … 30, sign not ±1.
     """
-    _check(F, X, "X", fraction_bits)
-    if sign not in (1, -1):
-        raise ValueError(f"sign: {sign}, expected 1 or -1")
+    _check_add(F, X, fraction_bits, sign)
     return fixed_add_op(F, X, fraction_bits, sign)
 
 
@@ -181,16 +255,13 @@ def fixed_couple(F: Tensor, X2: Tensor, v: Tensor, fraction_bits: int, bits: int
     Raises:
         ValueError: shapes differ, X2 is not int32, v has more than one element, fraction_bits or bits out of range.
     """
-    _check(F, X2, "X2", fraction_bits)
-    _check_weight(v, bits, (0, 1, 2))
+    _check_couple(F, X2, v, fraction_bits, bits)
     return fixed_couple_op(F, X2, v, fraction_bits, bits)
 
 
 def fixed_decouple(Y1: Tensor, F: Tensor, packed: Tensor, v: Tensor, fraction_bits: int, bits: int) -> Tensor:
     """X2 of `fixed_couple`, to the bit, from its results and the same F. Raises as there, and for codes of another length."""
-    _check(F, Y1, "Y1", fraction_bits)
-    _check_weight(v, bits, (1, 2))
-    _check_packed(packed, Y1, bits)
+    _check_decouple(Y1, F, packed, v, fraction_bits, bits)
     return fixed_decouple_op(Y1, F, packed, v, fraction_bits, bits)
 
 
@@ -208,42 +279,5 @@ def fixed_uncouple(
     Raises:
         ValueError: as in `fixed_decouple`, and when d1 has another shape.
     """
-    _check(F, Y1, "Y1", fraction_bits)
-    if d1.shape != F.shape:
-        raise ValueError(f"F has shape {tuple(F.shape)} and d1 {tuple(d1.shape)}; they must be the same")
-    _check_weight(v, bits, (1, 2))
-    _check_packed(packed, Y1, bits)
+    _check_uncouple(Y1, F, d1, packed, v, fraction_bits, bits)
     return fixed_uncouple_op(Y1, F, d1, packed, v, fraction_bits, bits)
-
-
-def check_fraction_bits(fraction_bits: int) -> None:
-    """ValueError unless int32 can hold that many bits of a fraction."""
-    if not 0 <= fraction_bits <= 30:
-        raise ValueError(f"fraction_bits: {fraction_bits}, expected 0 … 30; the streams hold values below 2^(31−fraction_bits)")
-
-
-def _check_integers(X: Tensor, name: str) -> None:
-    if X.dtype != torch.int32:
-        raise ValueError(f"{name} is {X.dtype}, expected torch.int32 (to_fixed makes it)")
-
-
-def _check(F: Tensor, X: Tensor, name: str, fraction_bits: int) -> None:
-    check_fraction_bits(fraction_bits)
-    _check_integers(X, name)
-    if F.shape != X.shape:
-        raise ValueError(f"F has shape {tuple(F.shape)} and {name} {tuple(X.shape)}; the body must preserve the shape")
-
-
-def _check_weight(v: Tensor, bits: int, widths: tuple[int, ...]) -> None:
-    if v.numel() != 1:
-        raise ValueError(f"v has shape {tuple(v.shape)}, expected one element")
-    if bits not in widths:
-        raise ValueError(f"bits: {bits}, expected one of {widths}: 2 for v in [0.25, 1], 1 for v in [0.5, 1]")
-
-
-def _check_packed(packed: Tensor, Y1: Tensor, bits: int) -> None:
-    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(Y1.numel(), bits),):
-        raise ValueError(
-            f"packed is {packed.dtype} {tuple(packed.shape)}; {Y1.numel()} codes of {bits} bits are torch.uint8 "
-            f"({packed_bytes(Y1.numel(), bits)},), as fixed_couple returned them for the same bits"
-        )

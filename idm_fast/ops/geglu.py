@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idm_fast.ops.arguments import check_floating, check_shape
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -23,11 +24,33 @@ def geglu_backward_reference(dout: Tensor, h: Tensor) -> Tensor:
     return dh
 
 
+def _check_halves(h: Tensor) -> None:
+    if h.ndim == 0 or h.shape[-1] % 2:
+        raise ValueError(f"h is {tuple(h.shape)}, expected an even last dimension: value and gate side by side")
+
+
+def _check_forward(h: Tensor) -> None:
+    _check_halves(h)
+    check_floating("h", h.dtype)
+
+
+def _check_backward(dout: Tensor, h: Tensor) -> None:
+    _check_forward(h)
+    check_floating("dout", dout.dtype)
+    check_shape("dout", dout, (*h.shape[:-1], h.shape[-1] // 2))
+
+
 geglu_op = define_op(
-    "geglu(Tensor h) -> Tensor", geglu_reference, lambda h: h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
+    "geglu(Tensor h) -> Tensor",
+    geglu_reference,
+    lambda h: h.new_empty(*h.shape[:-1], h.shape[-1] // 2),
+    _check_forward,
 )
 geglu_backward_op = define_op(
-    "geglu_backward(Tensor dout, Tensor h) -> Tensor", geglu_backward_reference, lambda dout, h: torch.empty_like(h)
+    "geglu_backward(Tensor dout, Tensor h) -> Tensor",
+    geglu_backward_reference,
+    lambda dout, h: torch.empty_like(h),
+    _check_backward,
 )
 
 
@@ -48,6 +71,5 @@ def geglu(h: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimension is odd.
     """
-    if h.shape[-1] % 2:
-        raise ValueError(f"h has last dimension {h.shape[-1]}, expected an even one: value and gate side by side")
+    _check_halves(h)
     return geglu_op(h)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idm_fast.ops.arguments import check_dtype, check_floating, check_shape
 from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
@@ -38,10 +39,37 @@ def _check_groups(x: Tensor, groups: int) -> None:
         raise ValueError(f"groups: {groups} does not divide the {x.shape[1]} channels of x")
 
 
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+    if x.ndim < 2 or x.shape[1] == 0:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (B, C, …)")
+    _check_groups(x, groups)
+    check_floating("x", x.dtype)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_floating(name, parameter.dtype)
+        check_shape(name, parameter, x.shape[1:2])
+
+
+def _check_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+) -> None:
+    _check_norm(x, weight, bias, groups)
+    check_floating("dtype", dtype)
+
+
+def _check_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> None:
+    _check_norm(x, weight, bias, groups)
+    check_floating("dout", dout.dtype)
+    check_shape("dout", dout, x.shape)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        check_shape(name, statistic, (x.shape[0], groups))
+        check_dtype(name, statistic, statistics_dtype(x.dtype))
+
+
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_groups(x, groups)
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     out, mean, rstd = torch.native_group_norm(
@@ -55,7 +83,6 @@ def group_norm_silu_reference(
 def group_norm_silu_backward_reference(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_groups(x, groups)
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
     spatial = (1,) * (x.ndim - 2)
@@ -82,6 +109,7 @@ group_norm_silu_op = define_op(
     " -> (Tensor, Tensor, Tensor)",
     group_norm_silu_reference,
     _fake,
+    _check_forward,
 )
 group_norm_silu_backward_op = define_op(
     "group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups,"
@@ -92,6 +120,7 @@ group_norm_silu_backward_op = define_op(
         torch.empty_like(weight),
         torch.empty_like(bias),
     ),
+    _check_backward,
 )
 
 

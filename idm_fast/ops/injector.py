@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from idm_fast.ops.coupling import couple_backward_reference, couple_reference
+from idm_fast.ops.arguments import check_dtype, check_floating, check_number, check_shape
+from idm_fast.ops.coupling import check_coupling, couple_backward_reference, couple_reference
 from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
@@ -144,34 +145,92 @@ def _fake_couple_backward(d1, h, z, gz, aty, weight, bias, x2, v, r):
     return torch.empty_like(h), *of_images_and_weights, torch.empty_like(d1), torch.empty_like(v)
 
 
+def _check_features(h: Tensor, weight: Tensor, channels: int, r: int) -> None:
+    if h.ndim != 4 or r < 1 or channels < 1 or h.shape[1] != channels * r * r:
+        expected = f"(B, {channels * r * r}, H/r, W/r)"
+        raise ValueError(f"h is {tuple(h.shape)}; with r={r} and weight {tuple(weight.shape)} it must be {expected}")
+
+
+def _check_images(h: Tensor, r: int, **images: Tensor) -> None:
+    expected = (h.shape[0], 1, h.shape[2] * r, h.shape[3] * r)
+    for name, image in images.items():
+        if image.shape != expected or image.dtype != h.dtype:
+            raise ValueError(f"{name} is {tuple(image.shape)} {image.dtype}, expected {expected} {h.dtype} as h and r={r} say")
+
+
+def _check_read(h: Tensor, weight: Tensor, r: int) -> None:
+    _check_features(h, weight, weight.numel(), r)
+    check_floating("h", h.dtype)
+    check_floating("weight", weight.dtype)
+
+
+def _check_read_op(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> None:
+    _check_read(h, weight, r)
+    check_number("bias", bias)
+
+
+def _check_read_backward(dz: Tensor, h: Tensor, weight: Tensor, r: int, through: Tensor | None) -> None:
+    _check_read(h, weight, r)
+    _check_images(h, r, dz=dz)
+    if through is not None:
+        check_shape("through", through, h.shape)
+        check_dtype("through", through, h.dtype)
+
+
+def _check_write(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, r: int) -> None:
+    channels = weight.shape[0] if weight.ndim else 0
+    _check_features(h, weight, channels, r)
+    _check_images(h, r, z=z, gz=gz, aty=aty)
+    if weight.ndim < 2 or weight.numel() != 3 * channels:
+        raise ValueError(f"weight is {tuple(weight.shape)}, expected ({channels}, 3, 1, 1)")
+    check_floating("h", h.dtype)
+    check_floating("weight", weight.dtype)
+
+
+def _check_write_op(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, r: int) -> None:
+    _check_write(h, z, gz, aty, weight, r)
+    check_floating("bias", bias.dtype)
+    check_shape("bias", bias, weight.shape[:1])
+
+
+def _check_couple(h, z, gz, aty, weight, bias, v, r, **streams: Tensor) -> None:
+    _check_write_op(h, z, gz, aty, weight, bias, r)
+    check_coupling(h, v, **streams)
+
+
 inject_read_op = define_op(
-    "inject_read(Tensor h, Tensor weight, Tensor bias, int r) -> Tensor", inject_read_reference, _fake_read
+    "inject_read(Tensor h, Tensor weight, Tensor bias, int r) -> Tensor", inject_read_reference, _fake_read, _check_read_op
 )
 inject_read_backward_op = define_op(
     "inject_read_backward(Tensor dz, Tensor h, Tensor weight, int r, Tensor? through) -> (Tensor, Tensor, Tensor)",
     inject_read_backward_reference,
     _fake_read_backward,
+    _check_read_backward,
 )
 inject_write_op = define_op(
     "inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, int r) -> Tensor",
     inject_write_reference,
     lambda h, z, gz, aty, weight, bias, r: torch.empty_like(h),
+    _check_write_op,
 )
 inject_write_backward_op = define_op(
     "inject_write_backward(Tensor dout, Tensor z, Tensor gz, Tensor aty, Tensor weight, int r)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     inject_write_backward_reference,
     _fake_write_backward,
+    _check_write,
 )
 inject_couple_op = define_op(
     f"inject_couple(Tensor h, {_IMAGES}, {_WRITE}, Tensor x2, Tensor v, int r) -> Tensor",
     inject_couple_reference,
     lambda h, z, gz, aty, weight, bias, x2, v, r: torch.empty_like(x2),
+    lambda h, z, gz, aty, weight, bias, x2, v, r: _check_couple(h, z, gz, aty, weight, bias, v, r, x2=x2),
 )
 inject_couple_backward_op = define_op(
     f"inject_couple_backward(Tensor d1, Tensor h, {_IMAGES}, {_WRITE}, Tensor x2, Tensor v, int r) -> ({_tensors(8)})",
     inject_couple_backward_reference,
     _fake_couple_backward,
+    lambda d1, h, z, gz, aty, weight, bias, x2, v, r: _check_couple(h, z, gz, aty, weight, bias, v, r, x2=x2, d1=d1),
 )
 """Gradients of all tensors of `inject_couple`, in their order."""
 inject_uncouple_op = define_op(
@@ -180,12 +239,14 @@ inject_uncouple_op = define_op(
     lambda y1, d1, h, z, gz, aty, weight, bias, v, r: (
         torch.empty_like(y1), *_fake_couple_backward(d1, h, z, gz, aty, weight, bias, y1, v, r)
     ),
+    lambda y1, d1, h, z, gz, aty, weight, bias, v, r: _check_couple(h, z, gz, aty, weight, bias, v, r, y1=y1, d1=d1),
 )  # fmt: skip
 """x2, and the gradients as of `inject_couple_backward`. Not differentiable."""
 inject_uncouple_inplace_op = define_op(
     f"inject_uncouple_(Tensor(a!) y1, Tensor d1, Tensor h, {_IMAGES}, {_WRITE}, Tensor v, int r) -> ({_tensors(8)})",
     inject_uncouple_inplace_reference,
     lambda y1, d1, h, z, gz, aty, weight, bias, v, r: _fake_couple_backward(d1, h, z, gz, aty, weight, bias, y1, v, r),
+    lambda y1, d1, h, z, gz, aty, weight, bias, v, r: _check_couple(h, z, gz, aty, weight, bias, v, r, y1=y1, d1=d1),
 )
 """`inject_uncouple` with x2 written over y1; returns the gradients."""
 
@@ -271,7 +332,7 @@ def inject_read(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> Tensor:
     Raises:
         ValueError: C, weight and r do not fit together.
     """
-    _check(h, weight, weight.shape[1], r)
+    _check_read(h, weight, r)
     return inject_read_op(h, weight, bias, r)
 
 
@@ -296,7 +357,7 @@ class _ReadThrough(torch.autograd.Function):
 
 def inject_read_through(h: Tensor, weight: Tensor, bias: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`inject_read`, and h again, for whatever uses h besides. Arguments and errors as there."""
-    _check(h, weight, weight.shape[1], r)
+    _check_read(h, weight, r)
     return _ReadThrough.apply(h, weight, bias, r)
 
 
@@ -328,17 +389,3 @@ def inject_couple(
         found = f"x2 is {tuple(x2.shape)} and v has {v.numel()} elements"
         raise ValueError(f"{found}; expected {tuple(h.shape)}, the shape of h, and one")
     return inject_couple_op(h, z, gz, aty, weight, bias, x2, v, r)
-
-
-def _check_write(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, r: int) -> None:
-    _check(h, weight, weight.shape[0], r)
-    expected = (h.shape[0], 1, h.shape[2] * r, h.shape[3] * r)
-    for name, image in (("z", z), ("gz", gz), ("aty", aty)):
-        if image.shape != expected or image.dtype != h.dtype:
-            raise ValueError(f"{name} is {tuple(image.shape)} {image.dtype}, expected {expected} {h.dtype} as h and r={r} say")
-
-
-def _check(h: Tensor, weight: Tensor, channels: int, r: int) -> None:
-    if h.ndim != 4 or h.shape[1] != channels * r * r:
-        expected = f"(B, {channels * r * r}, H/r, W/r)"
-        raise ValueError(f"h is {tuple(h.shape)}; with r={r} and weight {tuple(weight.shape)} it must be {expected}")

@@ -9,8 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idm_fast.ops.arguments import check_dtype, check_floating, check_shape
 from idm_fast.ops.group_norm import as_read, statistics_dtype
 from idm_fast.ops.registry import define_op, register_gradient
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (…, C)")
+    check_floating("x", x.dtype)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_floating(name, parameter.dtype)
+        check_shape(name, parameter, x.shape[-1:])
+
+
+def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
+    _check_norm(x, weight, bias)
+    check_floating("dtype", dtype)
+
+
+def _check_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    _check_norm(x, weight, bias)
+    check_floating("dout", dout.dtype)
+    check_shape("dout", dout, x.shape)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        check_shape(name, statistic, (*x.shape[:-1], 1))
+        check_dtype(name, statistic, statistics_dtype(x.dtype))
 
 
 def layer_norm_reference(
@@ -43,6 +67,7 @@ layer_norm_op = define_op(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     layer_norm_reference,
     _fake,
+    _check_forward,
 )
 layer_norm_backward_op = define_op(
     "layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd)"
@@ -53,6 +78,7 @@ layer_norm_backward_op = define_op(
         torch.empty_like(weight),
         torch.empty_like(bias),
     ),
+    _check_backward,
 )
 
 

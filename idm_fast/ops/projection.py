@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from idm_fast.ops.arguments import check_dtype, check_floating, check_number, check_shape
 from idm_fast.ops.registry import define_op, register_gradient
 
 
@@ -75,28 +76,79 @@ def project_step_backward_reference(
     return dx0.div_(s), de, dy, dabar_t.reshape(abar_t.shape), dabar_prev.reshape(abar_prev.shape)
 
 
+def _check_operator(matrix: Tensor, permutation: Tensor, pixels: int, dtype: torch.dtype) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] == 0 or matrix.dtype != dtype:
+        raise ValueError(f"matrix is {tuple(matrix.shape)} {matrix.dtype}, expected (N, q) in the data's dtype {dtype}")
+    if permutation.shape != (pixels,) or permutation.dtype != torch.int64:
+        raise ValueError(f"permutation is {tuple(permutation.shape)} {permutation.dtype}, expected ({pixels},) int64")
+    if pixels % matrix.shape[0]:
+        raise ValueError(f"{pixels} pixels cannot be cut into rows of {matrix.shape[0]}; pad the image to the block size")
+
+
+def _check_image(x: Tensor, matrix: Tensor, permutation: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 1:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (B, 1, H, W)")
+    check_floating("x", x.dtype)
+    _check_operator(matrix, permutation, x.shape[2] * x.shape[3], x.dtype)
+
+
+def _check_measurements(y: Tensor, batch: int, matrix: Tensor, permutation: Tensor) -> None:
+    expected = (batch, permutation.shape[0] // matrix.shape[0], matrix.shape[1])
+    if y.shape != expected or y.dtype != matrix.dtype:
+        raise ValueError(f"y is {tuple(y.shape)} {y.dtype}, expected {expected} {matrix.dtype}: (B, H·W/N, q)")
+
+
+def _check_adjoint(y: Tensor, matrix: Tensor, permutation: Tensor, height: int, width: int) -> None:
+    check_floating("y", y.dtype)
+    if height < 0 or width < 0:
+        raise ValueError(f"height and width: {height} and {width} are no sizes of an image")
+    _check_operator(matrix, permutation, height * width, y.dtype)
+    _check_measurements(y, y.shape[0] if y.ndim else 0, matrix, permutation)
+
+
+def _check_step(
+    x: Tensor, e: Tensor, y: Tensor, matrix: Tensor, permutation: Tensor, abar_t: Tensor, abar_prev: Tensor
+) -> None:
+    _check_image(x, matrix, permutation)
+    _check_measurements(y, x.shape[0], matrix, permutation)
+    if e.shape != x.shape or e.dtype != x.dtype:
+        raise ValueError(f"e is {tuple(e.shape)} {e.dtype}, expected {tuple(x.shape)} {x.dtype} as x")
+    check_number("abar_t", abar_t)
+    check_number("abar_prev", abar_prev)
+
+
+def _check_step_backward(g: Tensor, x: Tensor, *others: Tensor) -> None:
+    _check_step(x, *others)
+    check_shape("g", g, x.shape)
+    check_dtype("g", g, x.dtype)
+
+
 measure_op = define_op(
     "measure(Tensor x, Tensor matrix, Tensor permutation) -> Tensor",
     measure_reference,
     lambda x, matrix, permutation: x.new_empty(
         x.shape[0], permutation.shape[0] // matrix.shape[0], matrix.shape[1]
     ),
+    _check_image,
 )
 adjoint_op = define_op(
     "adjoint(Tensor y, Tensor matrix, Tensor permutation, int height, int width) -> Tensor",
     adjoint_reference,
     lambda y, matrix, permutation, height, width: y.new_empty(y.shape[0], 1, height, width),
+    _check_adjoint,
 )
 gram_op = define_op(
     "gram(Tensor x, Tensor matrix, Tensor permutation) -> Tensor",
     gram_reference,
     lambda x, matrix, permutation: x.new_empty(x.shape),
+    _check_image,
 )
 project_step_op = define_op(
     "project_step(Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutation, Tensor abar_t, Tensor abar_prev)"
     " -> Tensor",
     project_step_reference,
     lambda x, e, y, matrix, permutation, abar_t, abar_prev: x.new_empty(x.shape),
+    _check_step,
 )
 project_step_backward_op = define_op(
     "project_step_backward(Tensor g, Tensor x, Tensor e, Tensor y, Tensor matrix, Tensor permutation, Tensor abar_t,"
@@ -109,6 +161,7 @@ project_step_backward_op = define_op(
         torch.empty_like(abar_t),
         torch.empty_like(abar_prev),
     ),
+    _check_step_backward,
 )
 
 
@@ -173,20 +226,22 @@ def measure(x: Tensor, matrix: Tensor, permutation: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit, or Φ asks for a gradient.
     """
-    _check_image("x", x, matrix, permutation)
+    _check_fixed(matrix)
+    _check_image(x, matrix, permutation)
     return measure_op(x, matrix, permutation)
 
 
 def adjoint(y: Tensor, matrix: Tensor, permutation: Tensor, height: int, width: int) -> Tensor:
     """Aᵀ y: (B, H·W/N, q) → (B, 1, H, W). Raises as `measure`."""
-    _check_operator(matrix, permutation, height * width, y.dtype)
-    _check_measurements(y, y.shape[0], matrix, permutation)
+    _check_fixed(matrix)
+    _check_adjoint(y, matrix, permutation, height, width)
     return adjoint_op(y, matrix, permutation, height, width)
 
 
 def gram(x: Tensor, matrix: Tensor, permutation: Tensor) -> Tensor:
     """AᵀA x, without the round trip: (B, 1, H, W) → (B, 1, H, W). Raises as `measure`."""
-    _check_image("x", x, matrix, permutation)
+    _check_fixed(matrix)
+    _check_image(x, matrix, permutation)
     return gram_op(x, matrix, permutation)
 
 
@@ -206,31 +261,11 @@ def project_step(
     Raises:
         ValueError: shapes or dtypes do not fit, or Φ asks for a gradient.
     """
-    _check_image("x", x, matrix, permutation)
-    _check_measurements(y, x.shape[0], matrix, permutation)
-    if e.shape != x.shape or e.dtype != x.dtype:
-        raise ValueError(f"e is {tuple(e.shape)} {e.dtype}, expected {tuple(x.shape)} {x.dtype} as x")
+    _check_fixed(matrix)
+    _check_step(x, e, y, matrix, permutation, abar_t, abar_prev)
     return project_step_op(x, e, y, matrix, permutation, abar_t, abar_prev)
 
 
-def _check_operator(matrix: Tensor, permutation: Tensor, pixels: int, dtype: torch.dtype) -> None:
-    if matrix.ndim != 2 or matrix.dtype != dtype:
-        raise ValueError(f"matrix is {tuple(matrix.shape)} {matrix.dtype}, expected (N, q) in the data's dtype {dtype}")
+def _check_fixed(matrix: Tensor) -> None:
     if matrix.requires_grad:
         raise ValueError("matrix asks for a gradient, and Φ is fixed here; pass matrix.detach()")
-    if permutation.shape != (pixels,) or permutation.dtype != torch.int64:
-        raise ValueError(f"permutation is {tuple(permutation.shape)} {permutation.dtype}, expected ({pixels},) int64")
-    if pixels % matrix.shape[0]:
-        raise ValueError(f"{pixels} pixels cannot be cut into rows of {matrix.shape[0]}; pad the image to the block size")
-
-
-def _check_image(name: str, x: Tensor, matrix: Tensor, permutation: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != 1:
-        raise ValueError(f"{name} is {tuple(x.shape)}, expected (B, 1, H, W)")
-    _check_operator(matrix, permutation, x.shape[2] * x.shape[3], x.dtype)
-
-
-def _check_measurements(y: Tensor, batch: int, matrix: Tensor, permutation: Tensor) -> None:
-    expected = (batch, permutation.shape[0] // matrix.shape[0], matrix.shape[1])
-    if y.shape != expected or y.dtype != matrix.dtype:
-        raise ValueError(f"y is {tuple(y.shape)} {y.dtype}, expected {expected} {matrix.dtype}: (B, H·W/N, q)")

@@ -29,6 +29,9 @@ MEASURED_SLOWER = {("cpu", "layer_norm"), ("cpu", "layer_norm_backward")}
 """(implementation, op) that a benchmark found slower than what comes after it in ORDER: on explicit choice alone, too.
 On a busy CPU 0.87 and 0.85 times as fast as plain PyTorch (benchmarks/results/native_cpu.md)."""
 
+CHECKED_IN_PYTHON = {"reference", "triton"}
+"""Implementations in front of which an op checks its arguments; the native ones do it themselves."""
+
 FOR_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 """The device type that each implementation is for; where it is missing there, the log says so."""
 
@@ -40,8 +43,18 @@ class Op:
     """One operator: its implementations by name, each with the device types that it serves (None: every device)."""
 
     name: str
-    overload: Callable[..., Any]
+    overload: Any
+    check_arguments: Callable[..., None]
     implementations: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = field(default_factory=dict)
+
+    def check(self, *args: Any) -> None:
+        """ValueError for arguments that no implementation takes."""
+        device = args[0].device
+        for k, value in enumerate(args):
+            if isinstance(value, torch.Tensor) and value.device != device:
+                names = [argument.name for argument in self.overload._schema.arguments]
+                raise ValueError(f"{names[k]} is on {value.device}, expected {device} as {names[0]}")
+        self.check_arguments(*args)
 
     def choose(self, device_type: str) -> str:
         """Name of the implementation that serves `device_type`; RuntimeError when the explicit choice cannot."""
@@ -77,24 +90,31 @@ OPS: dict[str, Op] = {}
 _choice: str | None = None
 
 
-def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_op(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None]
+) -> Callable[..., Any]:
     """Define `idm_fast::<schema>`.
 
     Args:
         schema: torch schema without namespace, e.g. "couple(Tensor F, Tensor x2, Tensor v) -> Tensor".
         reference: plain PyTorch, any dtype and device; it is the oracle.
         fake: the same signature, allocates the outputs only.
+        check: the same signature, raises ValueError for shapes and dtypes that do not fit. It runs in front of implementations
+            that do not check for themselves, so that none reads or writes what it was not given.
 
     Returns:
         The op overload, to be called with tensors.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    op = Op(name, getattr(torch.ops.idm_fast, name).default, {"reference": (reference, None)})
+    op = Op(name, getattr(torch.ops.idm_fast, name).default, check, {"reference": (reference, None)})
     OPS[name] = op
 
     def kernel(*args: Any) -> Any:
-        implementation = op.implementations[op.choose(args[0].device.type)][0]
+        chosen = op.choose(args[0].device.type)
+        implementation = op.implementations[chosen][0]
+        if chosen in CHECKED_IN_PYTHON:
+            op.check(*args)
         # An op states its own precision; autocast would lower the matrix products inside a reference.
         with torch._C._DisableAutocast():
             return implementation(*args)
@@ -165,6 +185,11 @@ def load(name: str | None) -> str | None:
 
     loaders = {"triton": load_triton, "cuda": native.load_cuda, "cpu": native.load_cpu}
     return loaders[name]() if name in loaders else None
+
+
+def missing() -> dict[str, str]:
+    """The implementations that no op can have in this process, and why."""
+    return {name: reason for name in ORDER if (reason := load(name))}
 
 
 def missing_reason(name: str) -> str:
@@ -260,7 +285,8 @@ def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
             elif len(available) == 1:
                 reason = "the only one here"
             elif len(automatic) == 1:
-                reason = "the only one that is taken unasked"
+                slower = [name for name in available if (name, op.name) in MEASURED_SLOWER]
+                reason = f"{slower[0]} measured slower" if slower else "the only one that is taken unasked"
             else:
                 reason = f"first available of {', '.join(ORDER)}"
             yield ReportRow(op.name, device, implementation, reason, available)

@@ -80,6 +80,20 @@ def test_an_empty_batch_gives_empty_images_and_no_gradient(device: str, name: st
     assert all(t.shape[0] == 0 or not t.any() for t in outputs)
 
 
+@pytest.mark.parametrize("entry", [-1, 48, 2**31, 2**62, -(2**63)])
+@pytest.mark.parametrize("name", OPS)
+def test_entries_of_the_permutation_out_of_range_are_not_followed(device: str, name: str, entry: int) -> None:
+    given = arguments(name, (2, 6, 8, 16, 5), torch.float32, device)
+    permutation = next(t for t in given if isinstance(t, Tensor) and t.dtype == torch.int64)
+    lost = int(permutation[3])
+    permutation[3] = entry
+    outputs = run(name, "triton", given)
+    if name == "measure":  # the first row of each image has no value for one of its pixels
+        assert outputs[0].isnan().any(2).tolist() == [[True, False, False]] * 2
+    else:
+        assert outputs[0].flatten(1).isnan()[:, lost].all()  # nobody writes it; memory was NaN
+
+
 def test_nothing_but_a_gather_and_a_product_is_needed_for_a_transposed_matrix(device: str) -> None:
     x, matrix, permutation = arguments("gram", (2, 6, 8, 16, 5), torch.float32, device)
     assert_parity("gram", "triton", (x, matrix.t().contiguous().t(), permutation))

@@ -2,8 +2,9 @@
 read; it never crashes and never touches what it was not given.
 
 A call starts out valid; up to two of its arguments are then damaged: another shape, dtype, device or layout, no elements,
-permutations with places outside of the image or twice the same, sizes that overflow. The same 1,500 calls are made each time;
-IDM_FAST_FUZZ is a number of calls, to be drawn anew;
+permutations with places outside of the image or twice the same, sizes that overflow. Every instruction set of this machine
+takes part, and what the checks in front of the other implementations refuse is refused. The same 1,500 calls are made each
+time; IDM_FAST_FUZZ is a number of calls, to be drawn anew;
 under AddressSanitizer (`make sanitize`) a read or write out of bounds ends the run.
 """
 
@@ -23,7 +24,10 @@ from torch import Tensor
 from idm_fast.ops import native
 from idm_fast.ops.registry import OPS
 
-pytestmark = pytest.mark.skipif(native.load_cpu() is not None, reason=f"no C++ extension: {native.load_cpu()}")
+if reason := native.load_cpu():
+    pytest.skip(f"no C++ extension: {reason}", allow_module_level=True)
+
+from idm_fast import _C
 
 CALLS = int(os.environ.get("IDM_FAST_FUZZ", "1500"))
 REPEATED = "IDM_FAST_FUZZ" not in os.environ
@@ -32,6 +36,22 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 INTEGERS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 2**31, 2**32, 2**62, 2**63 - 1)
 NUMBERS = (0.0, -1.0, 1e300, float("inf"), float("nan"))
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine runs, the one in use first."""
+    in_use, others = _C.instruction_set(), []
+    for name in {"portable", "avx2", "avx512"} - {in_use}:
+        try:
+            _C.use_instruction_set(name)
+        except RuntimeError:
+            continue
+        others.append(name)
+    _C.use_instruction_set(in_use)
+    return [in_use, *sorted(others)]
+
+
+INSTRUCTION_SETS = instruction_sets()
 CLEAN = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
@@ -237,7 +257,14 @@ def overlaps(x: Tensor) -> bool:
 
 
 def reference(name: str) -> Callable[..., Any]:
-    return OPS[name].implementations["reference"][0]
+    """With the check in front of it: what is refused must not allocate, and a size that nobody has can take all memory."""
+    op = OPS[name]
+
+    def checked(*arguments: Any) -> Any:
+        op.check(*arguments)
+        return op.implementations["reference"][0](*arguments)
+
+    return checked
 
 
 def attempt(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor] | Exception:
@@ -266,9 +293,12 @@ def assert_close(name: str, got: Tensor, expected: Tensor, arguments: list[Any])
 @given(
     name=st.sampled_from(NAMES),
     seed=st.integers(0, 2**32 - 1),
+    instruction_set=st.sampled_from(INSTRUCTION_SETS),
     damages=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(sorted(TENSOR_DAMAGE))), max_size=2),
 )
-def test_a_native_op_returns_what_the_reference_returns_or_raises(name: str, seed: int, damages: list[tuple[int, str]]) -> None:
+def test_a_native_op_returns_what_the_reference_returns_or_raises(
+    name: str, seed: int, instruction_set: str, damages: list[tuple[int, str]]
+) -> None:
     rng = random.Random(seed)
     arguments = VALID[name](rng)
     for place, kind in damages:
@@ -276,7 +306,10 @@ def test_a_native_op_returns_what_the_reference_returns_or_raises(name: str, see
         arguments[place] = damaged(arguments[place], kind, rng)
     for_reference = copy(arguments)
     before = copy(arguments)
-    got, expected = attempt(OPS[name].implementations["cpu"][0], arguments), attempt(reference(name), for_reference)
+    _C.use_instruction_set(instruction_set)
+    got = attempt(OPS[name].implementations["cpu"][0], arguments)
+    _C.use_instruction_set(INSTRUCTION_SETS[0])
+    expected = attempt(reference(name), for_reference)
 
     if isinstance(got, Exception):
         assert isinstance(got, CLEAN) and str(got) and "INTERNAL ASSERT" not in str(got), got
@@ -284,6 +317,8 @@ def test_a_native_op_returns_what_the_reference_returns_or_raises(name: str, see
         assert isinstance(expected, Exception) or not as_given, f"refuses what the reference takes: {got}"
         written: list[Tensor] = []
     else:
+        refused = attempt(OPS[name].check, before)
+        assert not isinstance(refused, Exception), f"takes what the other implementations refuse: {refused}"
         mixed = isinstance(expected, Exception)
         if mixed:
             # PyTorch's operations refuse some mixtures of dtypes that kernels read as easily.

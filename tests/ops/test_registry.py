@@ -66,6 +66,26 @@ def test_an_explicit_choice_on_another_device_is_refused(monkeypatch: pytest.Mon
     assert registry.current_choice() is None
 
 
+def test_the_automatic_choice_is_the_first_in_the_order_that_the_op_has_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.OPS["geglu"]
+    here = {name: (lambda h: h, ("here",)) for name in registry.ORDER[:-1]} | {"reference": (lambda h: h, None)}
+    monkeypatch.setattr(op, "implementations", here)
+    assert op.choose("elsewhere") == "reference", "the others serve another device"
+    for name in registry.ORDER:
+        assert op.choose("here") == name
+        del here[name]
+    with pytest.raises(RuntimeError, match="idm_fast::geglu has no implementation for device type 'here'"):
+        op.choose("here")
+
+
+def test_nothing_untimed_is_taken_on_a_gpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_logged", set(registry.ORDER))
+    for op in registry.OPS.values():
+        monkeypatch.setitem(op.implementations, "cuda", (lambda *a: a, ("cuda",)))
+        monkeypatch.setitem(op.implementations, "triton", (lambda *a: a, ("cuda", "cpu")))
+        assert op.choose("cuda") == "reference" and op.choose("cpu") != "triton"
+
+
 def test_unknown_implementation_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RuntimeError, match="unknown implementation; known are cuda, triton, cpu, reference"):
         ops.use("quick")
@@ -78,6 +98,34 @@ def test_use_is_a_context_manager_that_puts_the_choice_back() -> None:
             assert registry.current_choice() is None
         assert registry.current_choice() == "reference"
     assert registry.current_choice() is None
+
+
+def test_use_is_a_function_that_holds_until_the_next() -> None:
+    try:
+        ops.use("reference")
+        assert registry.current_choice() == "reference"
+        with pytest.raises(RuntimeError):
+            ops.use("quick")
+        assert registry.current_choice() == "reference", "what was refused changes nothing"
+    finally:
+        ops.use(None)
+    assert registry.current_choice() is None
+
+
+def test_the_choice_is_put_back_when_the_block_fails() -> None:
+    with pytest.raises(ZeroDivisionError), ops.use("reference"):
+        raise ZeroDivisionError
+    assert registry.current_choice() is None
+
+
+def test_a_failure_inside_an_explicit_choice_is_not_hidden_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(h: torch.Tensor) -> torch.Tensor:
+        raise FloatingPointError("here")
+
+    monkeypatch.setitem(registry.OPS["geglu"].implementations, "cpu", (fails, ("cpu",)))
+    for choice in ("cpu", None):
+        with ops.use(choice), pytest.raises(FloatingPointError, match="here"):
+            ops.geglu(torch.zeros(2, 4))
 
 
 def test_an_added_implementation_is_taken_automatically_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +142,15 @@ def test_an_added_implementation_is_taken_automatically_and_reported(monkeypatch
         ops.couple(h, h, torch.ones(1))
 
 
+@pytest.mark.parametrize(("value", "choice"), [("reference", "reference"), ("auto", None), ("", None)])
+def test_environment_variable_chooses(monkeypatch: pytest.MonkeyPatch, value: str, choice: str | None) -> None:
+    monkeypatch.setattr(registry, "_choice", None)
+    monkeypatch.setenv("IDM_FAST_IMPL", value)
+    registry.choose_from_environment()
+    assert registry.current_choice() == choice
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_environment_variable_that_cannot_be_met_is_named() -> None:
     environment = os.environ | {"IDM_FAST_IMPL": "cuda"}
     run = subprocess.run(
