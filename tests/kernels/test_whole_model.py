@@ -69,11 +69,3 @@ def test_output_and_gradients_are_as_right_as_eager_under_bfloat16_autocast(devi
     assert error(found["output"], exact["output"]) <= 2 * error(eager["output"], exact["output"])
     together = [torch.cat([t.flatten() for name, t in parts.items() if name != "output"]) for parts in (found, eager, exact)]
     assert error(together[0], together[2]) <= 2 * error(together[1], together[2])
-
-
-def test_the_network_on_the_kernels_compiles_without_a_graph_break(device: str) -> None:
-    model, physics = network(1).to(device).eval(), BlockCompressedSensing((8, 16), 0.25, block_size=8).to(device)
-    y = physics.A(torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(1)).to(device))
-    with ops.use("triton"), torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(y, physics), model(y, physics), rtol=1e-5, atol=1e-5)
