@@ -65,7 +65,7 @@ def dispatch(name: str, given: tuple, gradient: bool) -> float:
         given = tuple(a.clone().requires_grad_() if i == 0 and isinstance(a, Tensor) else a for i, a in enumerate(given))
 
     def implementation(*_: object) -> Tensor | tuple[Tensor, ...]:
-        return outputs.detach() if isinstance(outputs, Tensor) else tuple(t.detach() for t in outputs)
+        return outputs.detach() if isinstance(outputs, Tensor) else tuple(map(Tensor.detach, outputs))
 
     # What the implementation itself takes is no part of the dispatch.
     alone = microseconds(implementation)

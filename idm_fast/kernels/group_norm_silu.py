@@ -14,6 +14,7 @@ dx = rstd·(g·weight − mean over the group of g·weight − x̂·(mean over t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 from idm_fast.kernels.arithmetic import arithmetic_dtype, divide, exact, root
 from idm_fast.kernels.configurations import Configuration, configuration
 from idm_fast.kernels.cost import Cost, size
-from idm_fast.kernels.couple import laid_out
 from idm_fast.kernels.launch import arch_of, blocks, fit, launch
 
 CHANNELS_LAST_WIDTH = 64
@@ -49,14 +49,14 @@ def inside(c0, s0, C, S, BC: tl.constexpr, BS: tl.constexpr):
 
 @triton.jit
 def corner(x, b, c0, s0, stride_b, stride_c, stride_s):
-    """Pointer to channel c0 at position s0 of image b; 64 bits wide, which the offsets inside a tile need not be."""
+    """Pointer to channel c0 at position s0 of image b."""
     return x + b * stride_b + c0.to(tl.int64) * stride_c + s0.to(tl.int64) * stride_s
 
 
 @triton.jit
 def tile(x, b, c0, s0, stride_b, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr):
     """Pointers to the elements of a tile, (BC, BS)."""
-    offsets = tl.arange(0, BC)[:, None] * stride_c + tl.arange(0, BS)[None, :] * stride_s
+    offsets = tl.arange(0, BC).to(tl.int64)[:, None] * stride_c + tl.arange(0, BS).to(tl.int64)[None, :] * stride_s
     return corner(x, b, c0, s0, stride_b, stride_c, stride_s) + offsets
 
 
@@ -77,29 +77,29 @@ def of_channels(mean, rstd, weight, bias, b, c0, C, per_group, BC: tl.constexpr)
 
 @triton.jit
 def statistics_kernel(
-    x, means, squares, C, S, stride_b, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr
+    x, parts, C, S, part, stride_b, stride_c, stride_s, BC: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip
-    """Mean and sum of squared deviations from it, of each channel in this tile, to (B, C, chunks).
+    """Mean and, `part` elements behind, sum of squared deviations from it, of each channel in this tile, to (2, B, C, chunks).
 
     Two passes over the registers, both on differences from the channel's first element: a large mean costs no digits.
     """
     b, c0, s0, chunk = tile_of(C, S, BC, BS)
     mask = inside(c0, s0, C, S, BC, BS)
     channel = c0 + tl.arange(0, BC)
-    heads = corner(x, b, c0, s0, stride_b, stride_c, stride_s) + tl.arange(0, BC) * stride_c
+    heads = corner(x, b, c0, s0, stride_b, stride_c, stride_s) + tl.arange(0, BC).to(tl.int64) * stride_c
     first = exact(tl.load(heads, channel < C, other=0.0))
     values = exact(tl.load(tile(x, b, c0, s0, stride_b, stride_c, stride_s, BC, BS), mask, other=0.0))
     shifted = tl.where(mask, values - first[:, None], 0.0)
     mean = tl.sum(shifted, 1) / tl.minimum(S - s0, BS).to(shifted.dtype)
     deviation = tl.where(mask, shifted - mean[:, None], 0.0)
     to = (b * C + channel) * tl.cdiv(S, BS) + chunk
-    tl.store(means + to, first + mean, channel < C)
-    tl.store(squares + to, tl.sum(deviation * deviation, 1), channel < C)
+    tl.store(parts + to, first + mean, channel < C)
+    tl.store(parts + part + to, tl.sum(deviation * deviation, 1), channel < C)
 
 
 @triton.jit
 def merge_statistics_kernel(
-    means, squares, mean, rstd, S, members, elements, eps: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr
+    parts, mean, rstd, S, members, elements, part, eps: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Mean and 1/√(variance + eps) of one group from the statistics of its `members` = channels·chunks parts.
 
@@ -108,19 +108,19 @@ def merge_statistics_kernel(
     chunks = tl.cdiv(S, BS)
     start = tl.program_id(0).to(tl.int64) * members
     i = tl.arange(0, BLOCK)
-    first = tl.load(means + start)
+    first = tl.load(parts + start)
     sums = tl.zeros((BLOCK,), first.dtype)
     for done in range(0, members, BLOCK):
         mask = done + i < members
         count = tl.minimum(S - ((done + i) % chunks) * BS, BS).to(first.dtype)
-        sums += tl.where(mask, count * (tl.load(means + start + done + i, mask, other=0.0) - first), 0.0)
+        sums += tl.where(mask, count * (tl.load(parts + start + done + i, mask, other=0.0) - first), 0.0)
     center = tl.sum(sums) / elements
     sums = tl.zeros((BLOCK,), first.dtype)
     for done in range(0, members, BLOCK):
         mask = done + i < members
         count = tl.minimum(S - ((done + i) % chunks) * BS, BS).to(first.dtype)
-        off = tl.load(means + start + done + i, mask, other=0.0) - first - center
-        sums += tl.where(mask, tl.load(squares + start + done + i, mask, other=0.0) + count * off * off, 0.0)
+        off = tl.load(parts + start + done + i, mask, other=0.0) - first - center
+        sums += tl.where(mask, tl.load(parts + part + start + done + i, mask, other=0.0) + count * off * off, 0.0)
     tl.store(mean + tl.program_id(0), first + center)
     tl.store(rstd + tl.program_id(0), divide(1.0, root(tl.sum(sums) / elements + eps)))
 
@@ -237,12 +237,11 @@ class Tiling:
     merge: Configuration
 
 
-def tiling(x: Tensor) -> Tiling:
+@functools.lru_cache(maxsize=1024)
+def tiling_of(B: int, C: int, S: int, channels_last: bool, exact_dtype: torch.dtype, arch: int) -> Tiling:
     """How (B, C, S) is cut: long along the positions in NCHW, along the channels in NHWC; both at most what there is."""
-    B, C, S = x.shape
-    exact_dtype, arch = arithmetic_dtype(x.dtype), arch_of(x)
     plan = configuration("group_norm", exact_dtype, arch)
-    if x.stride(1) == 1 and x.stride(2) != 1:
+    if channels_last:
         BC = fit(C, CHANNELS_LAST_WIDTH)
         BS = fit(S, plan.elements // BC)
     else:
@@ -252,33 +251,45 @@ def tiling(x: Tensor) -> Tiling:
     return Tiling({"BC": BC, "BS": BS}, blocks(S, BS), B * blocks(C, BC) * blocks(S, BS), plan, merge)
 
 
+def tiling(x: Tensor) -> Tiling:
+    """The tiling of x (B, C, S)."""
+    _, stride_c, stride_s = x.stride()
+    return tiling_of(*x.shape, stride_c == 1 and stride_s != 1, arithmetic_dtype(x.dtype), arch_of(x))
+
+
 def flat(t: Tensor) -> Tensor:
     """(B, C, …) as (B, C, S), without a copy for NCHW, NHWC and whatever else has one stride for all positions."""
     return t.flatten(2) if t.ndim > 2 else t[:, :, None]
+
+
+def filled(t: Tensor, flattened: Tensor) -> Tensor:
+    """`t`, after something was written to flat(t), which may have been a copy."""
+    return t if t.data_ptr() == flattened.data_ptr() else t.copy_(flattened.view(t.shape))
 
 
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd) in three launches; contract of `idm_fast::group_norm_silu`."""
-    given, x = x, flat(x)
-    out = torch.empty_like(x, dtype=dtype)
+    result = torch.empty_like(x, dtype=dtype)
+    x, out = flat(x), flat(result)
     B, C, S = x.shape
     exact_dtype, device = arithmetic_dtype(x.dtype), x.device
-    mean, rstd = (torch.empty(B, groups, dtype=exact_dtype, device=device) for _ in range(2))
+    mean = torch.empty(B, groups, dtype=exact_dtype, device=device)
+    rstd = torch.empty_like(mean)
     if x.numel() == 0:
-        # no element has no variance; as torch.native_group_norm
-        return torch.empty_like(given, dtype=dtype), mean.zero_(), rstd.fill_(torch.nan)
+        return result, mean.zero_(), rstd.fill_(torch.nan)  # no element has no variance; as torch.native_group_norm
     weight, bias, cut = weight.contiguous(), bias.contiguous(), tiling(x)
-    means, squares = torch.empty(2, B, C, cut.chunks, dtype=exact_dtype, device=device)
-    launch(statistics_kernel, cut.programs, x, means, squares, C, S, *x.stride(), **cut.sides, configuration=cut.plan)
+    part = B * C * cut.chunks
+    parts = torch.empty(2 * part, dtype=exact_dtype, device=device)
+    launch(statistics_kernel, cut.programs, x, parts, C, S, part, *x.stride(), **cut.sides, configuration=cut.plan)
     constants = {"eps": eps, "BS": cut.sides["BS"], "BLOCK": cut.merge.elements}
-    arguments = (means, squares, mean, rstd, S, C // groups * cut.chunks, C // groups * S)
+    arguments = (parts, mean, rstd, S, C // groups * cut.chunks, C // groups * S, part)
     launch(merge_statistics_kernel, B * groups, *arguments, **constants, configuration=cut.merge)
     tensors, strides = (x, weight, bias, mean, rstd, out), (*x.stride(), *out.stride())
     constants = {"SILU": silu, **cut.sides}
     launch(normalize_kernel, cut.programs, *tensors, C, S, C // groups, *strides, **constants, configuration=cut.plan)
-    return laid_out(out.view(given.shape), given), mean, rstd
+    return filled(result, out), mean, rstd
 
 
 def group_norm_silu_backward(
@@ -288,8 +299,8 @@ def group_norm_silu_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if x.numel() == 0:
         return torch.empty_like(x), dweight.zero_(), dbias.zero_()
-    given, x, dout = x, flat(x), flat(dout)
-    dx = torch.empty_like(x)
+    result = torch.empty_like(x)
+    x, dout, dx = flat(x), flat(dout), flat(result)
     weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))
     B, C, S = x.shape
     per_group, all_groups, device = C // groups, B * groups, x.device
@@ -307,7 +318,7 @@ def group_norm_silu_backward(
     launch(merge_channels_kernel, blocks(C, 8), *arguments, **sides, configuration=cut.merge)
     rest = (of_groups, dx, *sizes, all_groups, *strides, *dx.stride())
     launch(input_gradient_kernel, cut.programs, *tensors, *rest, **constants, configuration=cut.plan)
-    return laid_out(dx.view(given.shape), given), dweight, dbias
+    return filled(result, dx), dweight, dbias
 
 
 def group_norm_silu_cost(

@@ -46,7 +46,7 @@ def place_of(S, W, R: tl.constexpr, PP: tl.constexpr, BS: tl.constexpr):
 @triton.jit
 def tile(x, b, c, plane, s, x_b, x_c, x_s, R: tl.constexpr):
     """Pointers to the features (BC, PP, BS)."""
-    return x + b * x_b + (c[:, None, None] * (R * R) + plane).to(tl.int64) * x_c + s * x_s
+    return x + b * x_b + (c[:, None, None] * (R * R) + plane).to(tl.int64) * x_c + s.to(tl.int64) * x_s
 
 
 @triton.jit
@@ -282,14 +282,14 @@ def inject_read_backward(
     given, cut, h = h, tiling(h, r), h.flatten(2)
     dh = torch.empty_like(h)
     h, through = laid_out(h, dh), None if through is None else laid_out(through.flatten(2), dh)
-    dweight, dbias = torch.empty_like(weight), torch.empty(1, dtype=weight.dtype, device=h.device)
+    dweight, dbias = _dense(weight), torch.empty(1, dtype=weight.dtype, device=h.device)
     dweights, dbiases = _parts(h, cut, cut.channels), _parts(h, cut, 1)
     tensors = (dz.contiguous(), h, weight.contiguous(), through, dh, dweights, dbiases)
     constants = {"THROUGH": through is not None, **cut.sides}
     launch(read_bwd_kernel, cut.programs, *tensors, *cut.sizes, *dh.stride(), **constants, configuration=cut.plan)
     _sum_rows(dweights, dweight)
     _sum_rows(dbiases, dbias)
-    return laid_out(dh.view(given.shape), given), dweight, dbias
+    return laid_out(dh.view(given.shape), given), laid_out(dweight, weight), dbias
 
 
 def inject_write(h: Tensor, z: Tensor, gz: Tensor, aty: Tensor, weight: Tensor, bias: Tensor, r: int) -> Tensor:
@@ -306,14 +306,14 @@ def inject_write_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dz, dgz, daty, dweight, dbias) in three launches; contract of `idm_fast::inject_write_backward`."""
     cut, dout = tiling(dout, r), dout.flatten(2)
-    dimages = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (z, gz, aty)]
-    dweight, dbias = torch.empty_like(weight), torch.empty(cut.channels, dtype=weight.dtype, device=dout.device)
+    dimages = [_dense(t) for t in (z, gz, aty)]
+    dweight, dbias = _dense(weight), torch.empty(cut.channels, dtype=weight.dtype, device=dout.device)
     dweights, dbiases = _parts(dout, cut, 3 * cut.channels), _parts(dout, cut, cut.channels)
     tensors = (dout, *(t.contiguous() for t in (z, gz, aty, weight)), *dimages, dweights, dbiases)
     launch(write_bwd_kernel, cut.programs, *tensors, *cut.sizes, *dout.stride(), **cut.sides, configuration=cut.plan)
     _sum_rows(dweights, dweight)
     _sum_rows(dbiases, dbias)
-    return dimages[0], dimages[1], dimages[2], dweight, dbias
+    return dimages[0], dimages[1], dimages[2], laid_out(dweight, weight), dbias
 
 
 def inject_couple(
@@ -365,8 +365,8 @@ def _couple_backward(
     flat = laid_out(stream.flatten(2), dx2)
     x2 = flat if in_place else torch.empty_like(dx2) if invert else dx2
     dh = torch.empty_like(dx2, dtype=h.dtype)
-    dimages = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in images]
-    dweight, dbias, dv = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(v)
+    dimages = [_dense(t) for t in images]
+    dweight, dbias, dv = _dense(weight), torch.empty_like(bias), torch.empty_like(v)
     parts = [_parts(stream, cut, columns) for columns in (3 * cut.channels, cut.channels, 1)]
     features = (flat, *(laid_out(t.flatten(2), dx2) for t in (d1, h)))
     small = (t.contiguous() for t in (*images, weight, bias))
@@ -376,7 +376,12 @@ def _couple_backward(
     for part, total in zip(parts, (dweight, dbias, dv), strict=True):
         _sum_rows(part, total)
     x2, dh, dx2 = (laid_out(t.view(like.shape), like) for t, like in ((x2, stream), (dh, h), (dx2, d1)))
-    return x2, dh, *dimages, dweight, dbias, dx2, dv
+    return x2, dh, *dimages, laid_out(dweight, weight), dbias, dx2, dv
+
+
+def _dense(like: Tensor) -> Tensor:
+    """Room for what a kernel writes element after element, whatever the strides of `like`."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _parts(like: Tensor, cut: Tiling, columns: int) -> Tensor:

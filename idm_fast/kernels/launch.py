@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from idm_fast.kernels.configurations import Configuration
@@ -85,6 +84,11 @@ def blocks(elements: int, block: int) -> int:
     return -(-elements // block)
 
 
+def power_of_two(extent: int) -> int:
+    """Least power of two that covers `extent`, at least 1; as triton.next_power_of_2, which takes a microsecond."""
+    return 1 << max(extent - 1, 0).bit_length()
+
+
 def fit(extent: int, limit: int) -> int:
     """Least power of two that covers `extent`, at least 1 and at most `limit`, itself one: the side of a tile."""
-    return min(triton.next_power_of_2(max(extent, 1)), limit)
+    return min(power_of_two(extent), limit)

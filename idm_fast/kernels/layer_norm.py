@@ -21,7 +21,7 @@ from torch import Tensor
 from idm_fast.kernels.arithmetic import arithmetic_dtype, divide, exact, root
 from idm_fast.kernels.configurations import Configuration, configuration
 from idm_fast.kernels.cost import Cost, size
-from idm_fast.kernels.launch import arch_of, blocks, launch
+from idm_fast.kernels.launch import arch_of, blocks, launch, power_of_two
 
 BACKWARD_PROGRAMS = 1024
 """At most so many, each with two rows of sums: they fill any GPU, and at 131,072 rows their sums are 2 % of the traffic."""
@@ -150,7 +150,7 @@ def _rows(x: Tensor) -> Tensor:
 def _tile(x: Tensor) -> tuple[dict[str, int], Configuration]:
     """Tile and configuration for x (rows, C)."""
     plan = configuration("layer_norm", arithmetic_dtype(x.dtype), arch_of(x))
-    width = triton.next_power_of_2(x.shape[1])
+    width = power_of_two(x.shape[1])
     return {"ROWS": max(plan.elements // width, 1), "BLOCK": width}, plan
 
 

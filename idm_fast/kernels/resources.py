@@ -222,11 +222,16 @@ def specialization(entry: Launch) -> tuple[dict[str, str], dict[str, Any], dict[
     return signature, constants, attributes
 
 
-def compiled(variant: str, entry: Launch, arch: int) -> Resources:
-    """Compile one launch for compute capability `arch` and read what its machine code takes."""
+def binary(entry: Launch, arch: int) -> Any:
+    """One launch compiled for compute capability `arch`: Triton's kernel, with its listings and its machine code in `asm`."""
     signature, constants, attributes = specialization(entry)
     source = ASTSource(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=entry.options)
+
+
+def compiled(variant: str, entry: Launch, arch: int) -> Resources:
+    """Compile one launch for compute capability `arch` and read what its machine code takes."""
+    kernel = binary(entry, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -127,14 +127,10 @@ group_norm_silu_backward_op = define_op(
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, ctx.groups, _, ctx.silu, _ = inputs
     _, mean, rstd = output
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _gradient(ctx, dout: Tensor | None, dmean: Tensor | None, drstd: Tensor | None):
-    # mean and rstd are internal: the public function returns neither, so they have no gradient.
-    if dout is None:
-        return (None,) * 7
+def _gradient(ctx, dout: Tensor):
     dx, dw, db = group_norm_silu_backward_op(dout, *ctx.saved_tensors, ctx.groups, ctx.silu)
     return dx, dw, db, None, None, None, None
 

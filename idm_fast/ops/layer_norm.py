@@ -85,14 +85,10 @@ layer_norm_backward_op = define_op(
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, _, _ = inputs
     _, mean, rstd = output
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _gradient(ctx, dout: Tensor | None, dmean: Tensor | None, drstd: Tensor | None):
-    # mean and rstd are internal: the public function returns neither, so they have no gradient.
-    if dout is None:
-        return (None,) * 5
+def _gradient(ctx, dout: Tensor):
     return *layer_norm_backward_op(dout, *ctx.saved_tensors), None, None
 
 

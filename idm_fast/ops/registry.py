@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,14 +39,65 @@ FOR_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 LIBRARY = torch.library.Library("idm_fast", "DEF")
 
 
+def _keys(*keys: Any) -> torch._C.DispatchKeySet:
+    return functools.reduce(torch._C.DispatchKeySet.__or__, map(torch._C.DispatchKeySet, keys))
+
+
+Key = torch._C.DispatchKey
+DENSE = {_keys(Key.CPU).raw_repr(): "cpu", _keys(Key.CUDA).raw_repr(): "cuda"}
+"""Device types by the keys of a call below autograd, where nothing stands between the op and its implementation: no mode, no
+tracing, no kind of tensor that PyTorch has to unwrap."""
+
+BELOW_AUTOGRAD = _keys(
+    Key.AutogradFunctionality, Key.AutogradOther, Key.AutogradNestedTensor, Key.AutocastCPU, Key.AutocastCUDA
+)
+"""What `torch._C._AutoDispatchBelowAutograd` and `torch._C._DisableAutocast` exclude, in one."""
+
+
+class Implementations(UserDict[str, tuple[Callable[..., Any], tuple[str, ...] | None]]):
+    """Implementations by name, each with the device types that it serves (None: every device).
+
+    `chosen` remembers the function that was chosen, by the dispatcher's keys of a call and the explicit choice in force.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: dict[tuple[int, str | None], Callable[..., Any]] = {}
+        super().__init__()
+
+    def __setitem__(self, name: str, item: tuple[Callable[..., Any], tuple[str, ...] | None]) -> None:
+        self.chosen.clear()
+        super().__setitem__(name, item)
+
+    def __delitem__(self, name: str) -> None:
+        self.chosen.clear()
+        super().__delitem__(name)
+
+
 @dataclass
 class Op:
-    """One operator: its implementations by name, each with the device types that it serves (None: every device)."""
+    """One operator and its implementations."""
 
     name: str
     overload: Any
     check_arguments: Callable[..., None]
-    implementations: dict[str, tuple[Callable[..., Any], tuple[str, ...] | None]] = field(default_factory=dict)
+    implementations: Implementations = field(default_factory=Implementations)
+
+    def choose_for(self, keys: torch._C.DispatchKeySet, device_type: str) -> Callable[..., Any]:
+        """The implementation for a call with these keys, remembered where they say all that the choice depends on."""
+        name = self.choose(device_type)
+        function = self.implementations[name][0]
+        if name in CHECKED_IN_PYTHON:
+            function = self._checked(function)
+        if (keys & torch._C._after_autograd_keyset).raw_repr() in DENSE:
+            self.implementations.chosen[keys.raw_repr(), _choice] = function
+        return function
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            self.check(*args)
+            return function(*args)
+
+        return checked
 
     def check(self, *args: Any) -> None:
         """ValueError for arguments that no implementation takes."""
@@ -107,19 +159,18 @@ def define_op(
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    op = Op(name, getattr(torch.ops.idm_fast, name).default, check, {"reference": (reference, None)})
-    OPS[name] = op
+    op = OPS[name] = Op(name, getattr(torch.ops.idm_fast, name).default, check)
+    op.implementations["reference"] = (reference, None)
 
-    def kernel(*args: Any) -> Any:
-        chosen = op.choose(args[0].device.type)
-        implementation = op.implementations[chosen][0]
-        if chosen in CHECKED_IN_PYTHON:
-            op.check(*args)
+    chosen = op.implementations.chosen
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        implementation = chosen.get((keys.raw_repr(), _choice)) or op.choose_for(keys, args[0].device.type)
         # An op states its own precision; autocast would lower the matrix products inside a reference.
         with torch._C._DisableAutocast():
             return implementation(*args)
 
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd", with_keyset=True)
     torch.library.register_fake(f"idm_fast::{name}", fake, lib=LIBRARY)
     return op.overload
 
@@ -127,34 +178,57 @@ def define_op(
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Register the hand-written gradient of `idm_fast::<name>`.
 
-    As torch.library.register_autograd, whose node takes up to twice the time on the host: it serves keyword arguments and
-    defaults, which the ops here do not have.
+    As torch.library.register_autograd, whose node takes up to four times the time on the host: it serves keyword arguments and
+    defaults, which the ops here do not have, and goes through the dispatcher twice. Of several outputs the first is
+    differentiable; the others are what the op keeps for its gradient, and leave the node as one value that is no tensor to it.
 
     Args:
-        backward: backward(ctx, *gradients of the outputs) → gradients of all inputs.
+        backward: backward(ctx, gradient of the first output) → gradients of all inputs.
         setup_context: setup_context(ctx, inputs, output).
     """
-    overload: Any = OPS[name].overload
+    op = OPS[name]
+    overload: Any = op.overload
+    several = len(overload._schema.returns) > 1
+    chosen = op.implementations.chosen
+    grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+    transformed = torch._C._are_functorch_transforms_active
+
+    def below(keys: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
+        implementation = chosen.get((keys.raw_repr(), _choice))
+        if implementation is None:
+            rest = keys & torch._C._after_autograd_keyset
+            device_type = DENSE.get(rest.raw_repr())
+            if device_type is None:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return overload.redispatch(rest, *args)
+            implementation = op.choose_for(keys, device_type)
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
+            return implementation(*args)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keys, *args):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload.redispatch(keys, *args)
+            output = below(keys, args)
             setup_context(ctx, args, output)
-            return output
+            return (output[0], output[1:]) if several else output
 
         @staticmethod
-        def backward(ctx, *gradients):
-            found = backward(ctx, *gradients)
+        def backward(ctx, gradient, *_):
+            if grad_enabled():  # for second derivatives: autograd sees through plain PyTorch, and through no kernel
+                with use("reference"):
+                    found = backward(ctx, gradient)
+            else:
+                found = backward(ctx, gradient)
             return None, *(found if isinstance(found, tuple) else (found,))
 
-    def kernel(keys: Any, *args: Any) -> Any:
-        keys = keys & torch._C._after_autograd_keyset
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Gradient.apply(keys, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keys, *args)
+    # What torch.autograd.Function.apply calls in the end; before, it looks for functorch, and for arguments by name.
+    record = super(torch.autograd.Function, Gradient).apply
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if not (grad_enabled() and any_requires_grad(*args)):
+            return below(keys, args)
+        output = Gradient.apply(keys, *args) if transformed() else record(keys, *args)
+        return (output[0], *output[1]) if several else output
 
     Gradient.__name__ = Gradient.__qualname__ = f"Gradient_{name}"
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

@@ -15,6 +15,7 @@ DTYPES = {
     "fp16 on fp32": (torch.float16, torch.float32),
     "fp32 on fp32": (torch.float32, torch.float32),
     "bf16 on fp64": (torch.bfloat16, torch.float64),
+    "fp32 on fp64": (torch.float32, torch.float64),
     "fp64 on fp64": (torch.float64, torch.float64),
 }
 SHAPES = [(1,), (3, 7, 61), (2, 3, 29, 31), (0, 3, 5)]

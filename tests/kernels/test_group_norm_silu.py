@@ -65,7 +65,7 @@ def assert_both_ways(implementation: str, x: Tensor, dout: Tensor, groups: int, 
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES)
 def test_parity_in_every_dtype_and_size(device: str, case: str, dtype: torch.dtype, implementation: str) -> None:
     shape, groups = SHAPES[case]
@@ -98,6 +98,24 @@ def test_output_and_gradient_lie_in_memory_as_the_input_does(device: str, layout
     for dtype in (torch.bfloat16, torch.float32):
         assert run("group_norm_silu", implementation, forward_arguments(x, 3, True, dtype))[0].stride() == expected
     assert run("group_norm_silu_backward", implementation, backward_arguments(dout, x, 3, True))[0].stride() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "transposed"])
+def test_parity_in_layouts_in_the_other_dtypes(device: str, layout: str, dtype: torch.dtype) -> None:
+    x, dout = (draw(2, 6, 7, 9, dtype=dtype, device=device, seed=seed, layout=layout) for seed in (0, 5))
+    assert_both_ways("triton", x, dout, 3, True)
+
+
+def test_one_image_makes_more_programs_than_a_gpu_has_multiprocessors() -> None:
+    from idm_fast.kernels import group_norm_silu
+    from idm_fast.kernels.launch import recording
+
+    x, w = torch.empty(1, 320, 128, 128, device="meta"), torch.empty(320, device="meta")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with recording() as launches:
+            group_norm_silu.group_norm_silu(x.contiguous(memory_format=layout), w, w, 32, 1e-5, True, x.dtype)
+        assert min(launch.programs for launch in launches[::2]) >= 1024  # a GPU has up to some 150
 
 
 def test_parity_in_channels_last_over_several_tiles(device: str) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from idm_fast import ops
 from idm_fast.ops import registry
 
-DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 OPS = ("inject_read", "inject_read_backward", "inject_write", "inject_write_backward")
 OPS += ("inject_couple", "inject_couple_backward", "inject_uncouple")
-SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 9, 29, 2)]
+SHAPES = [(2, 3, 5, 7, 2), (1, 1, 1, 1, 1), (1, 1, 1, 1, 2), (1, 17, 3, 3, 1), (1, 10, 2, 3, 4), (1, 2, 9, 29, 2)]
 """Batch, channels a plane, height and width of the features, r."""
 
 
@@ -84,6 +84,35 @@ def test_parity_in_every_layout(device: str, name: str, layout: str) -> None:
     given = arguments(name, draw(2, 12, 5, 6, dtype=torch.float16, device=device, layout=layout), 2)
     for implementation in ("reference", "triton"):
         assert_parity(name, implementation, given, scales(name, given))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded", "unaligned", "transposed"])
+@pytest.mark.parametrize("name", OPS)
+def test_parity_where_everything_but_the_features_lies_in_another_layout(device: str, name: str, layout: str) -> None:
+    h = draw(2, 12, 5, 6, dtype=torch.float32, device=device)
+    given = arguments(name, h, 2)
+
+    def lies(t: Tensor) -> Tensor:
+        return draw(*t.shape, dtype=t.dtype, device=device, seed=11, layout=layout)
+
+    given = tuple(lies(a) if isinstance(a, Tensor) and a is not h and a.ndim == 4 else a for a in given)
+    assert_parity(name, "triton", given, scales(name, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("name", OPS[4:])
+def test_parity_on_float64_streams(device: str, name: str, dtype: torch.dtype) -> None:
+    given = arguments(name, draw(2, 12, 5, 6, dtype=dtype, device=device), 2)
+    streams = {"inject_couple": (6,), "inject_couple_backward": (0, 7), "inject_uncouple": (0, 1)}[name]
+    given = tuple(a.double() if k in streams else a for k, a in enumerate(given))
+    assert_parity(name, "triton", given, scales(name, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_of_reading_backward_without_what_comes_through(device: str, dtype: torch.dtype) -> None:
+    dz, h, weight, r, _ = arguments("inject_read_backward", draw(2, 12, 5, 7, dtype=dtype, device=device), 2)
+    given = (dz, h, weight, r, None)
+    assert_parity("inject_read_backward", "triton", given, scales("inject_read_backward", given))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])

@@ -59,6 +59,13 @@ def test_parity_in_every_dtype_and_size(device: str, shape: tuple, dtype: torch.
     assert_both_ways(implementation, x, dout)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_parity_in_layouts_in_the_other_dtypes(device: str, layout: str, dtype: torch.dtype) -> None:
+    x, dout = (draw(2, 3, 14, dtype=dtype, device=device, seed=seed, layout=layout) for seed in (0, 5))
+    assert_both_ways("triton", x, dout)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dout_layout", ["contiguous", "expanded", "transposed"])
 def test_parity_in_every_layout(device: str, layout: str, dout_layout: str) -> None:
