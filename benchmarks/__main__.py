@@ -30,6 +30,8 @@ MINUTES = {("cpu", True): 6.0, ("cpu", False): 60.0, ("cuda", True): 9.0}
 """(device, quick) → how long a run may take, all told."""
 DRAWING = 20
 """Seconds of these that are kept for tables, plots and the page."""
+SETTINGS = ("IDM_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_VISIBLE")
+"""How the names of environment variables begin that a result depends on; JSON holds them, sizes stand in its names."""
 BUILDING = 240
 """Seconds after which the build is given up."""
 TOO_SHORT = 10
@@ -168,6 +170,10 @@ def _write(case: Case, context: Context, result: Result, seconds: float, target:
         "question": case.question,
         "quick": context.quick,
         "seconds": round(seconds, 1),
+        "settings": {
+            "limit_s": context.seconds if context.seconds < float("inf") else None,
+            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+        },
         "machine": describe(context.device),
         "result": result.as_json(),
     }

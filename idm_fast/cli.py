@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from idm_fast import __version__
 from idm_fast.outputs import InputError
 from idm_fast.training.config import add_training_arguments
 
-INPUT_ERROR, INTERRUPTED = 2, 130
+INPUT_ERROR, INTERRUPTED, CUT_OFF = 2, 130, 141
 
 OVERVIEW = """\
 Reconstructs images from few linear measurements with Invertible Diffusion Models (IDM), and trains such networks.
@@ -138,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"idm-fast {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python writes at its end
+        return CUT_OFF
     return 0
 
 

@@ -345,6 +345,12 @@ def test_doctor_names_what_is_missing_and_why(monkeypatch, capsys):
     assert "cpu is missing: no C++ compiler was found" in printed and "triton is missing: Triton is not installed" in printed
 
 
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    doctor = f"{sys.executable} -m idm_fast.cli doctor"
+    done = subprocess.run(f"{doctor} | head -1", shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("versions\n", "")
+
+
 def test_doctor_goes_on_when_a_part_is_broken(monkeypatch, capsys):
     from idm_fast.commands import doctor
 

@@ -8,7 +8,7 @@ ORDER = (
     "inference",
     "attention",
     "reversible_layers",
+    "numerics",
     "scaling",
     "quality",
-    "numerics",
 )

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,8 @@ from idm_fast.kernels.cost import Cost, size
 from idm_fast.ops.registry import OPS, load_triton
 
 COMPILED_QUICKLY = ("couple", "uncouple", "geglu")
-"""What torch.compile is held against in a quick run: it compiles for seconds to a minute an op."""
+"""What torch.compile is held against in a quick run: it compiles for seconds to a minute an op. A full run compiles all ops,
+for the first level."""
 COST_OF = {"decouple": "couple", "uncouple_": "uncouple", "inject_uncouple_": "inject_uncouple"}
 SHOWN = {"reference": "eager PyTorch"}
 V = 0.5
@@ -195,24 +197,26 @@ def by_implementation(implementation: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def contenders(name: str, context: Context) -> dict[str, Callable[..., Any]]:
-    """Implementations of the op on this device, the reference first, then torch.compile of the reference."""
+def contenders(name: str, context: Context, compiled: bool) -> dict[str, Callable[..., Any]]:
+    """Implementations of the op on this device, the reference first, then, if `compiled`, torch.compile of the reference."""
     op = OPS[name]
     here = [i for i in op.implementations if op.serves(i, context.device) and (i, context.device) != ("triton", "cpu")]
     found = {i: by_implementation(i, name) for i in sorted(here, key=lambda i: i != "reference")}
-    if not op.overload._schema.is_mutable and (not context.quick or name in COMPILED_QUICKLY):
+    if compiled and not op.overload._schema.is_mutable and (not context.quick or name in COMPILED_QUICKLY):
         found["torch.compile"] = torch.compile(op.implementations["reference"][0], dynamic=False)
     return found
 
 
-def checked(result: Result, context: Context, label: str, name: str, given: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
+def checked(
+    result: Result, context: Context, label: str, name: str, given: tuple[Any, ...], compiled: bool = True
+) -> dict[str, Callable[[], Any]]:
     """The contenders that compute what the float64 reference computes, ready to be called; the others are said to be wrong."""
     reference = OPS[name].implementations["reference"][0]
     plain = run_once(name, reference, given)
     exact = run_once(name, reference, tuple(map(in_float64, given))) if all(t.is_floating_point() for t in plain) else plain
     of_reference = errors(plain, exact)
     ready: dict[str, Callable[[], Any]] = {}
-    for who, function in contenders(name, context).items():
+    for who, function in contenders(name, context, compiled).items():
 
         def check(who: str = who, function: Callable[..., Any] = function) -> None:
             found = run_once(name, function, given)
@@ -243,19 +247,21 @@ def run(context: Context) -> Result:
         given_to = result.attempt(f"arguments at {level}", lambda level=level: arguments(level, context.device)) or {}
         for name, given in given_to.items():
             label = f"{name} {level}"
-            ready = result.attempt(label, lambda: checked(result, context, label, name, given))  # noqa: B023 called at once
+            first = level == chosen[0]
+            check = partial(checked, result, context, label, name, given, compiled=first)
+            ready = result.attempt(label, check)
             if not ready:
                 continue
             cost = cost_of(name, given, run_once(name, OPS[name].implementations["reference"][0], given))
             if OPS[name].overload._schema.is_mutable:
                 weight_of(name, given).fill_(1)  # then inverting again and again gives the same numbers
-            samples = take_turns(ready, context.device, 0.1 if context.quick else 1.0, flush=True)
+            samples = take_turns(ready, context.device, 0.1 if context.quick else 0.5, flush=True)
             times = {who: result.samples(f"{label} {who}", "s", samples[who]).median for who in ready}
             for who, t in times.items():
                 of_copy, of_matrix = cost.bytes / t / bandwidth, cost.flop / t / rate
                 gain = times["reference"] / t if "reference" in times else float("nan")
                 rows.append([name, str(level), who, 1e6 * t, cost.bytes / 1e6, 100 * of_copy, 100 * of_matrix, gain])
-                if level == chosen[0]:
+                if first:
                     shown = SHOWN.get(who, who)
                     roofs.setdefault(shown, []).append((name, 100 * max(of_copy, of_matrix)))
                     if who != "reference":

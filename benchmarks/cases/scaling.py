@@ -173,16 +173,16 @@ def _train_process(
     else:
         torch.set_num_threads(threads)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=number)
-    try:
-        torch.manual_seed(0)
-        step = Step(train_by(LEAN, IDM(steps=setting.steps, **setting.options)), setting, device, autocast)
-        step.network = DistributedDataParallel(step.network)
-        single = partial(take_turns, {"step": step}, device)
-        # How many steps that makes, the first process says, for all of them wait for each other.
-        rounds = torch.tensor([max(3, int(seconds / median(single(0, least=2)["step"])))], device=device)
-        dist.broadcast(rounds, 0)
-        samples = single(0, least=int(rounds))["step"]
-        if rank == 0:
-            (Path(folder) / "seconds").write_text("\n".join(map(str, samples)))
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    step = Step(train_by(LEAN, IDM(steps=setting.steps, **setting.options)), setting, device, autocast)
+    step.network = DistributedDataParallel(step.network)
+    single = partial(take_turns, {"step": step}, device)
+    # How many steps that makes, the first process says, for all of them wait for each other.
+    rounds = torch.tensor([max(3, int(seconds / median(single(0, least=2)["step"])))], device=device)
+    dist.broadcast(rounds, 0)
+    samples = single(0, least=int(rounds))["step"]
+    if rank == 0:
+        (Path(folder) / "seconds").write_text("\n".join(map(str, samples)))
+    dist.barrier()
+    # Without PyTorch's destructors: gloo's thread may wait for the GIL, which the one that waits for that thread holds.
+    os._exit(0)

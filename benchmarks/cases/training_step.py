@@ -79,7 +79,7 @@ def training_step(context: Context) -> Result:
             return result
         few = (PLAIN, PUBLISHED, LEAN, FLAT)
         part("narrow", Setting(2, 2, 64, SMALL), CONTENDERS if full else few, None, 120 if full else 10, full)
-        part("full width", Setting(3 if full else 1, 1, 32), CONTENDERS if full else few[:3], None, 300 if full else 10, False)
+        part("full width", Setting(3 if full else 1, 1, 32), CONTENDERS if full else few[:3], None, 200 if full else 10, False)
     result.attempt("IDM.tiny", lambda: compare_ops(context, result, 60 if full else 10))
     return result
 

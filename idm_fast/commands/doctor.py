@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             for line in lines():
                 print(f"  {line}")
+        except BrokenPipeError:
+            raise
         except Exception as error:  # the point of a doctor is to go on and say what is broken
             print(f"  broken: {type(error).__name__}: {error}")
         print()

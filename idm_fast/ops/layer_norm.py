@@ -15,7 +15,7 @@ from idm_fast.ops.registry import define_op, register_gradient
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if x.ndim == 0 or x.shape[-1] == 0:
+    if x.ndim == 0:
         raise ValueError(f"x is {tuple(x.shape)}, expected (…, C)")
     check_floating("x", x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):

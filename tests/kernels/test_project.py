@@ -36,7 +36,8 @@ def scales(name: str, given: tuple) -> dict[int, Tensor]:
     """The size of what is added up, before it cancels.
 
     Of a product, the largest root sum of squares of the terms of one element, and half the root of their number: a running
-    sum of n terms is rounded n times. Of a step, what is denoised. Of ᾱ, root sums of squares again.
+    sum of n terms is rounded n times. Of a step, what is denoised. Of ᾱ, root sums of squares again; each of their terms went
+    through the projection, which is sums of N terms.
     """
     exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given]
     if name in ("measure", "adjoint"):
@@ -54,7 +55,9 @@ def scales(name: str, given: tuple) -> dict[int, Tensor]:
     dx0 = s_prev * g  # the projection makes neither larger
     of_t = (dx0 * x0).norm() / (2 * a) + (dx0 * e).norm() / (2 * s * c)
     of_prev = (g * x0).norm() / (2 * s_prev) + (g * e).norm() / (2 * c_prev)
-    return {0: (dx0 / s).max(), 1: (c_prev * g + c / s * dx0).max(), 3: of_t.squeeze(), 4: of_prev.squeeze()}
+    rounded = max(1.0, given[-4].shape[0] ** 0.5 / 2)
+    of_t, of_prev = (rounded * scale.squeeze() for scale in (of_t, of_prev))
+    return {0: (dx0 / s).max(), 1: (c_prev * g + c / s * dx0).max(), 3: of_t, 4: of_prev}
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])

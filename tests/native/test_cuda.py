@@ -28,7 +28,7 @@ from idm_fast.ops import native, registry
 from idm_fast.ops import projection as operators
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def emulated_functions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., Any]]:
     """The ops on the emulation; IDM_FAST_EMULATED names a library that was built before, with sanitizers."""
     given = os.environ.get("IDM_FAST_EMULATED")
