@@ -42,10 +42,10 @@ Counts = dict[tuple[str, Setting], StepCount]
 
 @case(QUESTION, seconds=(240, 1800))
 def memory(context: Context) -> Result:
-    """The published setting; a quick run sweeps batch and size at T = 2."""
+    """The published setting; a quick run sweeps batch and size at T = 1."""
     base = Setting(steps=3, batch=8, size=256)
     if context.quick:
-        return compare(context, base, (1, 2, 3), base.with_(steps=2), (1, 8), (128, 256, 512), (PLAIN, PUBLISHED, LEAN))
+        return compare(context, base, (1, 2, 3), base.with_(steps=1), (1, 8), (256, 512), (PLAIN, PUBLISHED, LEAN))
     swept = (PLAIN, CHECKPOINT, PUBLISHED, LEAN, FLAT)
     return compare(context, base, (1, 2, 3, 5, 7, LAST_T), base, (1, 2, 4, 8, 16), (128, 256, 512, 1024), swept)
 
