@@ -28,7 +28,7 @@ from benchmarks.machine import ROOT
 
 MINUTES = {("cpu", True): 6.0, ("cpu", False): 60.0, ("cuda", True): 9.0}
 """(device, quick) → how long a run may take, all told."""
-DRAWING = 20
+DRAWING = 10
 """Seconds of these that are kept for tables, plots and the page."""
 SETTINGS = ("IDM_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_VISIBLE")
 """How the names of environment variables begin that a result depends on; JSON holds them, sizes stand in its names."""
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     cases = load_cases()
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples; on a CPU without scaling")
     parser.add_argument("--only", nargs="+", choices=list(cases), metavar="CASE", help=f"of {', '.join(cases)}")
     parser.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
     limits = ", ".join(f"{minutes:g} {'quickly ' * quick}on {device}" for (device, quick), minutes in MINUTES.items())
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one:
         context = Context(device, options.quick, options.seconds or float("inf"))
         return _run_here(cases[options.one], context, options.out)
-    chosen = [case for case in cases.values() if device in case.devices and case.name in (options.only or cases)]
+    usual = [case.name for case in cases.values() if device in case.quick or not options.quick]
+    chosen = [case for case in cases.values() if device in case.devices and case.name in (options.only or usual)]
     minutes = options.minutes or MINUTES.get((device, options.quick), float("inf"))
     end = time.monotonic() + 60 * minutes - DRAWING
     if device == "cuda":

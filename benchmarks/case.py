@@ -151,6 +151,7 @@ class Case:
     Attributes:
         name: of its file. question: what it answers, in a sentence.
         devices: on which it runs.
+        quick: on which it is part of a quick run, unless asked for by name.
         seconds: time limit of a quick and of a full run; what takes longer is stopped and said to have been.
     """
 
@@ -159,17 +160,23 @@ class Case:
     run: Callable[[Context], Result]
     devices: tuple[str, ...]
     seconds: tuple[int, int]
+    quick: tuple[str, ...] = ("cpu", "cuda")
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(question: str, devices: Iterable[str] = ("cpu", "cuda"), seconds: tuple[int, int] = (60, 600)) -> Callable[..., Any]:
+def case(
+    question: str,
+    devices: Iterable[str] = ("cpu", "cuda"),
+    seconds: tuple[int, int] = (60, 600),
+    quick: Iterable[str] = ("cpu", "cuda"),
+) -> Callable[..., Any]:
     """Register the decorated function as the case of its module."""
 
     def register(function: Callable[[Context], Result]) -> Callable[[Context], Result]:
         name = function.__module__.rpartition(".")[2]
-        CASES[name] = Case(name, question, function, tuple(devices), seconds)
+        CASES[name] = Case(name, question, function, tuple(devices), seconds, tuple(quick))
         return function
 
     return register

@@ -34,7 +34,10 @@ SPARE = 3 * GIB
 """Of a GPU's memory, for parameters, gradients and the libraries' own buffers."""
 
 
-@case("How do time and memory grow with image size and T, and what do two processes bring?", seconds=(180, 1800))
+QUESTION = "How do time and memory grow with image size and T, and what do two processes bring?"
+
+
+@case(QUESTION, seconds=(180, 1800), quick=("cuda",))
 def scaling(context: Context) -> Result:
     """Full width at batch 1 on a GPU; on a CPU a narrow network."""
     result, full = Result(), not context.quick

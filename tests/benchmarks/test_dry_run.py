@@ -125,8 +125,8 @@ def test_scaling_without_a_second_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_quick_run_says_what_its_minutes_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "build_extension", lambda: "native extension: built")
-    assert suite.main(["--device", "cuda", "--quick", "--only", "memory", "--minutes", "0.4", "--out", str(tmp_path)]) == 1
+    assert suite.main(["--device", "cuda", "--quick", "--only", "memory", "--minutes", "0.3", "--out", str(tmp_path)]) == 1
     data = json.loads((tmp_path / "memory.json").read_text())
-    assert data["result"]["failures"] == ["left out: the 0.4 minutes of this run were over"]
+    assert data["result"]["failures"] == ["left out: the 0.3 minutes of this run were over"]
     assert data["machine"]["device_name"] == "a pretended GPU"
     assert "left out" in (tmp_path / "report.html").read_text()
