@@ -1,9 +1,9 @@
 """What does one op call cost on the host? `python -m benchmarks.dispatch`, on any machine; the bound is 15 µs a call.
 
 Dispatch: from the call of the operator to the implementation, here one that returns outputs made before, with PyTorch's
-dispatcher, the choice of implementation, and, with a gradient, the node that is recorded. Preparation: what a Triton
-implementation does around kernel[grid](…), which a stub replaces: checks of strides, outputs, launch configuration; Triton's
-own launch comes on top.
+dispatcher, the choice of implementation, the check of the arguments, which native implementations make in C++ and so have less
+of, and, with a gradient, the node that is recorded. Preparation: what a Triton implementation does around kernel[grid](…),
+which a stub replaces: outputs, launch configuration; Triton's own launch comes on top.
 Times are of this thread on the processor, the least of many repetitions, so that other programs count little.
 """
 
@@ -69,7 +69,8 @@ def dispatch(name: str, given: tuple, gradient: bool) -> float:
 
     # What the implementation itself takes is no part of the dispatch.
     alone = microseconds(implementation)
-    with mock.patch.dict(op.implementations, {"reference": (implementation, None)}), torch.set_grad_enabled(gradient):
+    stub = mock.patch.dict(op.implementations, {"reference": (implementation, None)})
+    with stub, registry.use("reference"), torch.set_grad_enabled(gradient):
         return microseconds(lambda: op.overload(*given)) - alone
 
 

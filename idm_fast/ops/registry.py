@@ -86,15 +86,19 @@ class Op:
         """The implementation for a call with these keys, remembered where they say all that the choice depends on."""
         name = self.choose(device_type)
         function = self.implementations[name][0]
+        dense = (keys & torch._C._after_autograd_keyset).raw_repr() in DENSE
         if name in CHECKED_IN_PYTHON:
-            function = self._checked(function)
-        if (keys & torch._C._after_autograd_keyset).raw_repr() in DENSE:
+            # Dense keys are those of tensors on devices of one type.
+            one_device = dense and (device_type == "cpu" or torch.cuda.device_count() == 1)
+            function = self._checked(function, self.check_arguments if one_device else self.check)
+        if dense:
             self.implementations.chosen[keys.raw_repr(), _choice] = function
         return function
 
-    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    @staticmethod
+    def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
-            self.check(*args)
+            check(*args)
             return function(*args)
 
         return checked
