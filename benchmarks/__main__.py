@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     cases = load_cases()
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples; on a CPU without scaling")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples; on a CPU without scaling and quality")
     parser.add_argument("--only", nargs="+", choices=list(cases), metavar="CASE", help=f"of {', '.join(cases)}")
     parser.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder (default: %(default)s)")
     limits = ", ".join(f"{minutes:g} {'quickly ' * quick}on {device}" for (device, quick), minutes in MINUTES.items())

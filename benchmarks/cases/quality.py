@@ -35,7 +35,10 @@ PUBLISHED = [
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-@case("How good are reconstructions by the published protocol, and what does bfloat16 cost?", seconds=(90, 1200))
+QUESTION = "How good are reconstructions by the published protocol, and what does bfloat16 cost?"
+
+
+@case(QUESTION, seconds=(90, 1200), quick=("cuda",))
 def run(context: Context) -> Result:
     result = Result()
     weights = os.environ.get("IDM_BENCH_WEIGHTS")
