@@ -173,7 +173,8 @@ def _write(case: Case, context: Context, result: Result, seconds: float, target:
         "seconds": round(seconds, 1),
         "settings": {
             "limit_s": context.seconds if context.seconds < float("inf") else None,
-            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+            # Of paths the last part: where it lies is nobody's business.
+            "environment": {n: Path(value).name for n, value in sorted(os.environ.items()) if n.startswith(SETTINGS)},
         },
         "machine": describe(context.device),
         "result": result.as_json(),
