@@ -5,6 +5,9 @@ Chains of residual GroupNorm–SiLU–convolution bodies, on the CPU. Reported a
     recovered input   largest error of the first layer's two recovered streams over the largest true value (`check_inverse`)
     gradients         |g − g_store| / |g_store| over all parameters, g_store by plain autograd on streams of the same kind
     bytes held        memory between forward and backward, over the elements of one stream
+
+Couplings are plain PyTorch throughout: kernels may sum dv in another order than `couple`'s gradient, which is no error of the
+streams.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
-from idm_fast import ReversibleSequence
+from idm_fast import ReversibleSequence, use
 from idm_fast.memory.count import AllocationCounter
 from idm_fast.reversible.drift import TOLERANCE
 
@@ -206,7 +209,7 @@ def error_plot(samples: list[Sample], name: str, what: str) -> Plot:
 def run(context: Context) -> Result:
     result = Result(notes=[*NOTES])
     values, depths, seeds = ((0.45, 0.5), (4, 11, 16, 32), SEEDS[:1]) if context.quick else (VALUES_OF_V, DEPTHS, SEEDS)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), use("reference"):
         warnings.filterwarnings("ignore", "check_inverse", RuntimeWarning)
         samples = list(measure_all(values, depths, seeds))
     for s in samples:
