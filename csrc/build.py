@@ -46,6 +46,8 @@ SANITIZE_LEVEL = "-O1 -fexpensive-optimizations"
 
 MEMORY_OF_A_JOB = 2 * 2**30
 
+PYBIND11 = 20_000
+"""`Job.work` of a small file with pybind11's headers, which takes as long as a kernel of this size."""
 
 AGAIN = "reinstall idm-fast: pip install --force-reinstall --no-deps --no-cache-dir and what it was installed from"
 """pip would otherwise take the wheel that it built and kept when the machine was different."""
@@ -272,12 +274,16 @@ def decide(mode: str) -> tuple[Toolchain | None, Record]:
 
 @dataclass
 class Job:
-    """One command that makes `output` from `inputs`; `depfile` (of a compilation) says what headers it read."""
+    """One command that makes `output` from `inputs`; `depfile` (of a compilation) says what headers it read.
+
+    Compilations of more `work` (about the bytes of source, times the GPUs) start first, so that none runs alone at the end.
+    """
 
     output: Path
     inputs: list[Path]
     command: list[str]
     depfile: Path | None = None
+    work: int = 0
 
 
 @dataclass
@@ -288,20 +294,21 @@ class Compile:
     objects: Path
     jobs: list[Job] = field(default_factory=list)
 
-    def cxx(self, source: Path, name: str, *flags: str) -> None:
+    def cxx(self, source: Path, name: str, *flags: str, work: int = 0) -> None:
         command = [*self.toolchain.cxx, *COMPILE, *_sanitizing(self.toolchain), *flags]
-        self._add(source, name, command, "-MMD")
+        self._add(source, name, command, "-MMD", work)
 
     def cuda(self, source: Path) -> None:
         nvcc = str(self.toolchain.nvcc)
         host = [*_host_compiler(self.toolchain), "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", *host, *architecture_flags(self.toolchain.architectures)]
-        self._add(source, f"{source.stem}.cu", command, "-MD")
+        architectures = self.toolchain.architectures
+        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", *host, *architecture_flags(architectures)]
+        self._add(source, f"{source.stem}.cu", command, "-MD", len(architectures) * source.stat().st_size)
 
-    def _add(self, source: Path, name: str, command: list[str], dependencies: str) -> None:
+    def _add(self, source: Path, name: str, command: list[str], dependencies: str, work: int) -> None:
         output, depfile = self.objects / f"{name}.o", self.objects / f"{name}.d"
         files = [dependencies, "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-        self.jobs.append(Job(output, [source], [*command, *files], depfile))
+        self.jobs.append(Job(output, [source], [*command, *files], depfile, work or source.stat().st_size))
 
     def link(self, library: Path, command: list[str], *flags: str) -> list[Job]:
         """All the jobs, with the one that makes `library` of the objects."""
@@ -322,7 +329,7 @@ def cpu_jobs(toolchain: Toolchain, sources: Path, objects: Path, library: Path) 
         compile.cxx(source, source.stem, *torch)
     # Without the flags of the stable ABI: with them, pybind11's headers in older torch refuse to be used.
     headers = [*toolchain.torch.includes, toolchain.pybind11, find_python_headers()]
-    compile.cxx(sources / "module.cpp", "module", *(f"-isystem{folder}" for folder in headers))
+    compile.cxx(sources / "module.cpp", "module", *(f"-isystem{folder}" for folder in headers), work=PYBIND11)
     link = [*toolchain.cxx, *_linking(), *_sanitizing(toolchain)]
     return compile.link(library, link, f"-L{toolchain.torch.folder / 'lib'}", "-ltorch_cpu")
 
@@ -410,7 +417,9 @@ def _text(path: Path) -> str:
 
 def run_jobs(jobs: list[Job], objects: Path) -> None:
     """Run them, with ninja where there is one (it repeats only what changed), else by threads. CannotBuild: the first error."""
-    objects.mkdir(parents=True, exist_ok=True)
+    for folder in {objects, *(job.output.parent for job in jobs)}:
+        folder.mkdir(parents=True, exist_ok=True)
+    jobs = sorted(jobs, key=lambda job: -job.work)
     ninja = _ninja()
     if ninja:
         (objects / "build.ninja").write_text(_ninja_file(jobs), encoding="utf-8")
@@ -476,24 +485,37 @@ def build(sources: Path, objects: Path, package: Path, module: str, toolchain: T
     sources = sources.resolve()
     # A folder for each: objects do not mention torch's headers as something that they depend on.
     objects = objects.resolve() / "-".join(filter(None, ["native", toolchain.torch.version, toolchain.sanitize]))
-    made = {}
-    try:
-        made[module] = objects / "cpu" / "_C.so"
-        run_jobs(cpu_jobs(toolchain, sources, objects / "cpu", made[module]), objects / "cpu")
-        record.cpu = True
-        if toolchain.nvcc:
-            made["_cuda.so"] = objects / "cuda" / "_cuda.so"
-            run_jobs(cuda_jobs(toolchain, sources, objects / "cuda", made["_cuda.so"]), objects / "cuda")
-            record.cuda = True
-    except CannotBuild as reason:
-        made.popitem()
-        failed = "CUDA" if record.cpu else "C++"
-        if record.mode != "auto":
-            raise CannotBuild(f"IDM_FAST_BUILD={record.mode}: compiling the {failed} extension failed: {reason}") from None
-        record.why_not[failed] = f"compiling failed: {reason}"
+    parts = {"C++": cpu_jobs(toolchain, sources, objects / "cpu", objects / "cpu" / "_C.so")}
+    if toolchain.nvcc:
+        parts["CUDA"] = cuda_jobs(toolchain, sources, objects / "cuda", objects / "cuda" / "_cuda.so")
+    failed = _run_parts(parts, objects)
+    if failed and record.mode != "auto":
+        part, reason = next(iter(failed.items()))
+        raise CannotBuild(f"IDM_FAST_BUILD={record.mode}: compiling the {part} extension failed: {reason}")
+    record.why_not |= {part: f"compiling failed: {reason}" for part, reason in failed.items()}
+    record.cpu, record.cuda = "C++" not in failed, bool(toolchain.nvcc) and not failed
+    if not record.cpu:
         record.why_not.setdefault("CUDA", "it needs the C++ extension")
+    made = {module: objects / "cpu" / "_C.so"} if record.cpu else {}
+    if record.cuda:
+        made["_cuda.so"] = objects / "cuda" / "_cuda.so"
     record.seconds = round(time.perf_counter() - started, 1)
     install(package, made, record)
+
+
+def _run_parts(parts: dict[str, list[Job]], objects: Path) -> dict[str, CannotBuild]:
+    """All jobs at once, which keeps every core busy; those that fail by their part, each part by itself when one did."""
+    try:
+        run_jobs([job for jobs in parts.values() for job in jobs], objects)
+    except CannotBuild as reason:
+        if len(parts) == 1:
+            return {next(iter(parts)): reason}
+        for part, jobs in parts.items():
+            try:
+                run_jobs(jobs, objects)
+            except CannotBuild as reason:
+                return {part: reason}
+    return {}
 
 
 def install(package: Path, made: dict[str, Path], record: Record) -> None:

@@ -180,10 +180,11 @@ def fails_on(build: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: str | N
     """Compilers that make empty files, or fail in the part `broken`."""
 
     def run_jobs(jobs: list, objects: Path) -> None:
-        if objects.name == broken:
+        if any(job.output.parent.name == broken for job in jobs):
             raise build.CannotBuild("x.cpp:1: error: no such thing")
-        jobs[-1].output.parent.mkdir(parents=True, exist_ok=True)
-        jobs[-1].output.write_text("new")
+        for job in jobs:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            job.output.write_text("new")
 
     monkeypatch.setattr(build, "run_jobs", run_jobs)
 
