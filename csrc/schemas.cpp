@@ -36,13 +36,13 @@ STABLE_TORCH_LIBRARY(idm_fast_native, m) {
         " Tensor v, int r) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("inject_uncouple_(Tensor(a!) y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,"
         " Tensor v, int r) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType dtype)"
+  m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType? dtype)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
         " Tensor rstd, int groups, bool silu) -> (Tensor, Tensor, Tensor)");
   m.def("geglu(Tensor h) -> Tensor");
   m.def("geglu_backward(Tensor dout, Tensor h) -> Tensor");
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)");
   m.def("layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor)");
 }

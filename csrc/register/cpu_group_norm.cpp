@@ -58,10 +58,10 @@ Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, bool silu,
-                                                  ScalarType dtype) {
+                                                  std::optional<ScalarType> dtype) {
   Inputs in = prepare(x, weight, bias, groups, silu);
   GroupNormArguments& a = in.arguments;
-  Tensor out = empty_like(in.x, dtype);
+  Tensor out = empty_like(in.x, dtype.value_or(x.scalar_type()));
   Tensor mean = torch::stable::new_empty(x, {a.images, groups}, accurate_dtype(x));
   Tensor rstd = torch::stable::new_empty(x, {a.images, groups}, accurate_dtype(x));
   a.out_dtype = dtype_of("dtype", out);

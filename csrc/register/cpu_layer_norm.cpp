@@ -43,10 +43,11 @@ Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps,
+                                              std::optional<ScalarType> dtype) {
   Inputs in = prepare(x, weight, bias);
   LayerNormArguments& a = in.arguments;
-  Tensor out = torch::stable::new_empty(x, in.sizes, dtype);
+  Tensor out = torch::stable::new_empty(x, in.sizes, dtype.value_or(x.scalar_type()));
   in.sizes.back() = 1;
   Tensor mean = torch::stable::new_empty(x, in.sizes, accurate_dtype(x));
   Tensor rstd = torch::stable::new_empty(x, in.sizes, accurate_dtype(x));

@@ -42,11 +42,12 @@ Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps, bool silu,
-                                                   ScalarType dtype) {
+                                                   std::optional<ScalarType> asked) {
   OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias, groups, silu);
   cuda::NormArguments& a = in.arguments;
   const Dtype sums = accumulate_of(a.x_dtype);
+  const ScalarType dtype = asked.value_or(x.scalar_type());
   set_norm_dtypes(in, dtype_of("dtype", dtype));
   Tensor mean = torch::stable::new_empty(x, {a.images, groups}, scalar_type_of(sums));
   Tensor rstd = torch::stable::new_empty(x, {a.images, groups}, scalar_type_of(sums));

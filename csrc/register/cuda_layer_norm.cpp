@@ -38,11 +38,12 @@ Inputs prepare(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps,
+                                              std::optional<ScalarType> asked) {
   OnDevice device("x", x);
   Inputs in = prepare(x, weight, bias);
   cuda::LayerNormArguments& a = in.arguments;
-  const ScalarType sums = scalar_type_of(accumulate_of(a.x_dtype));
+  const ScalarType sums = scalar_type_of(accumulate_of(a.x_dtype)), dtype = asked.value_or(x.scalar_type());
   set_norm_dtypes(in, dtype_of("dtype", dtype));
   Tensor out = torch::stable::new_empty(x, in.sizes, scalar_type_of(a.out_dtype));
   in.sizes.back() = 1;

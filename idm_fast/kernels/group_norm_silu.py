@@ -268,7 +268,7 @@ def filled(t: Tensor, flattened: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd) in three launches; contract of `idm_fast::group_norm_silu`."""
     result = torch.empty_like(x, dtype=dtype)
@@ -322,11 +322,11 @@ def group_norm_silu_backward(
 
 
 def group_norm_silu_cost(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype | None
 ) -> Cost:
     """x is read twice: a group of 10 channels at 128² is larger than what a multiprocessor can keep."""
-    statistics = 2 * x.shape[0] * groups * arithmetic_dtype(x.dtype).itemsize
-    return Cost(2 * size((x,)) + size((weight, bias)), x.numel() * dtype.itemsize + statistics, (8 + 4 * silu) * x.numel())
+    written = x.numel() * (dtype or x.dtype).itemsize + 2 * x.shape[0] * groups * arithmetic_dtype(x.dtype).itemsize
+    return Cost(2 * size((x,)) + size((weight, bias)), written, (8 + 4 * silu) * x.numel())
 
 
 def group_norm_silu_backward_cost(

@@ -100,10 +100,10 @@ def sum_columns_kernel(sums, dweight, dbias, programs, C, part, COLUMNS: tl.cons
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd) in one launch; contract of `idm_fast::layer_norm`."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     exact_dtype = arithmetic_dtype(x.dtype)
     mean, rstd = (torch.empty((*x.shape[:-1], 1), dtype=exact_dtype, device=x.device) for _ in range(2))
     if x.numel() == 0:
@@ -154,9 +154,9 @@ def _tile(x: Tensor) -> tuple[dict[str, int], Configuration]:
     return {"ROWS": max(plan.elements // width, 1), "BLOCK": width}, plan
 
 
-def layer_norm_cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Cost:
+def layer_norm_cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> Cost:
     statistics = 2 * x.numel() // x.shape[-1] * arithmetic_dtype(x.dtype).itemsize
-    return Cost(size((x, weight, bias)), x.numel() * dtype.itemsize + statistics, 8 * x.numel())
+    return Cost(size((x, weight, bias)), x.numel() * (dtype or x.dtype).itemsize + statistics, 8 * x.numel())
 
 
 def layer_norm_backward_cost(

@@ -7,16 +7,19 @@ own (csrc/register).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
-def check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
-    if x.shape != torch.Size(expected):
+def unless_own(dtype: torch.dtype | None, x: Tensor) -> torch.dtype | None:
+    """`dtype`, or None where it is x's own: at an operator's call PyTorch takes microseconds for an argument of this type."""
+    return None if dtype == x.dtype else dtype
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
         raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(expected)}")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idm_fast.ops.arguments import check_dtype, check_floating, check_shape
+from idm_fast.ops.arguments import check_dtype, check_floating, check_shape, unless_own
 from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
@@ -50,10 +50,11 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
 
 
 def _check_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype | None
 ) -> None:
     _check_norm(x, weight, bias, groups)
-    check_floating("dtype", dtype)
+    if dtype is not None:
+        check_floating("dtype", dtype)
 
 
 def _check_backward(
@@ -68,7 +69,7 @@ def _check_backward(
 
 
 def group_norm_silu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
     B, C = x.shape[:2]
@@ -77,7 +78,7 @@ def group_norm_silu_reference(
     )
     if silu:
         out = F.silu(out, inplace=True)
-    return laid_out_like(out, x, dtype), mean, rstd
+    return laid_out_like(out, x, dtype or x.dtype), mean, rstd
 
 
 def group_norm_silu_backward_reference(
@@ -105,7 +106,7 @@ def _fake(x, weight, bias, groups, eps, silu, dtype):
 
 
 group_norm_silu_op = define_op(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType dtype)"
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, ScalarType? dtype)"
     " -> (Tensor, Tensor, Tensor)",
     group_norm_silu_reference,
     _fake,
@@ -164,4 +165,4 @@ def group_norm_silu(
     if weight.shape != (C,) or bias.shape != (C,):
         found = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
         raise ValueError(f"{found} must both be ({C},), as x has {C} channels")
-    return group_norm_silu_op(x, weight, bias, groups, eps, silu, dtype or x.dtype)[0]
+    return group_norm_silu_op(x, weight, bias, groups, eps, silu, unless_own(dtype, x))[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.ops.arguments import check_dtype, check_floating, check_shape
+from idm_fast.ops.arguments import check_dtype, check_floating, check_shape, unless_own
 from idm_fast.ops.group_norm import as_read, statistics_dtype
 from idm_fast.ops.registry import define_op, register_gradient
 
@@ -23,9 +23,10 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         check_shape(name, parameter, x.shape[-1:])
 
 
-def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
+def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> None:
     _check_norm(x, weight, bias)
-    check_floating("dtype", dtype)
+    if dtype is not None:
+        check_floating("dtype", dtype)
 
 
 def _check_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:
@@ -38,12 +39,12 @@ def _check_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean:
 
 
 def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = statistics_dtype(x.dtype)
     w, b = as_read(weight, exact), as_read(bias, exact)
     out, mean, rstd = torch.native_layer_norm(x.to(exact), weight.shape, w, b, eps)
-    return out.to(dtype), mean, rstd
+    return out.to(dtype or x.dtype), mean, rstd
 
 
 def layer_norm_backward_reference(
@@ -64,7 +65,7 @@ def _fake(x, weight, bias, eps, dtype):
 
 
 layer_norm_op = define_op(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
     layer_norm_reference,
     _fake,
     _check_forward,
@@ -111,4 +112,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     if weight.shape != (C,) or bias.shape != (C,):
         found = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
         raise ValueError(f"{found} must both be ({C},), the last dimension of x")
-    return layer_norm_op(x, weight, bias, eps, dtype or x.dtype)[0]
+    return layer_norm_op(x, weight, bias, eps, unless_own(dtype, x))[0]

@@ -48,10 +48,7 @@ DENSE = {_keys(Key.CPU).raw_repr(): "cpu", _keys(Key.CUDA).raw_repr(): "cuda"}
 """Device types by the keys of a call below autograd, where nothing stands between the op and its implementation: no mode, no
 tracing, no kind of tensor that PyTorch has to unwrap."""
 
-BELOW_AUTOGRAD = _keys(
-    Key.AutogradFunctionality, Key.AutogradOther, Key.AutogradNestedTensor, Key.AutocastCPU, Key.AutocastCUDA
-)
-"""What `torch._C._AutoDispatchBelowAutograd` and `torch._C._DisableAutocast` exclude, in one."""
+autocast_is_on = torch._C._is_any_autocast_enabled
 
 
 class Implementations(UserDict[str, tuple[Callable[..., Any], tuple[str, ...] | None]]):
@@ -170,6 +167,8 @@ def define_op(
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         implementation = chosen.get((keys.raw_repr(), _choice)) or op.choose_for(keys, args[0].device.type)
+        if not autocast_is_on():
+            return implementation(*args)
         # An op states its own precision; autocast would lower the matrix products inside a reference.
         with torch._C._DisableAutocast():
             return implementation(*args)
@@ -206,7 +205,9 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
                 with torch._C._AutoDispatchBelowAutograd():
                     return overload.redispatch(rest, *args)
             implementation = op.choose_for(keys, device_type)
-        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
+        if not autocast_is_on():
+            return implementation(*args)
+        with torch._C._DisableAutocast():
             return implementation(*args)
 
     class Gradient(torch.autograd.Function):

@@ -59,19 +59,22 @@ def test_transforms_that_the_gradient_cannot_serve_are_refused_as_by_autograd() 
         torch.func.grad(lambda x: ops.layer_norm(x, weight, bias).sum())(x)
 
 
-def test_implementations_run_below_autograd_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-        expected = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+@pytest.mark.parametrize("autocast", [True, False])
+def test_implementations_record_nothing_and_know_no_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
     def implementation(h: Tensor) -> Tensor:
-        found.append(torch._C._dispatch_tls_local_exclude_set().raw_repr())
+        product = h @ h.mT
+        found.append((product.requires_grad, product.dtype))
         return h[..., ::2].clone()
 
     monkeypatch.setitem(registry.OPS["geglu"].implementations, "cpu", (implementation, ("cpu",)))
-    for gradient in (True, False):
-        ops.geglu(torch.zeros(2, 4, requires_grad=gradient))
-    assert found == [expected, expected]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for gradient in (True, False):
+            ops.geglu(torch.zeros(2, 4, requires_grad=gradient))
+        with torch.no_grad():
+            ops.geglu(torch.zeros(2, 4, requires_grad=True))
+    assert found == [(False, torch.float32)] * 3
 
 
 def test_an_implementation_is_chosen_once_and_again_when_the_choice_changes(monkeypatch: pytest.MonkeyPatch) -> None:
