@@ -54,7 +54,7 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
         return output
 
     with ThreadPoolExecutor(script.parallel_jobs()) as pool:
-        objects = list(pool.map(compiled, sources))
+        objects = list(pool.map(compiled, sorted(sources, key=lambda source: -source.stat().st_size)))
     library = folder / "emulated.so"
     libraries = [f"-L{found.folder / 'lib'}", "-ltorch_cpu"]
     subprocess.run([*compiler, "-shared", *flags, *objects, *libraries, "-o", str(library)], check=True)
