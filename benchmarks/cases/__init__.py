@@ -9,6 +9,6 @@ ORDER = (
     "attention",
     "reversible_layers",
     "numerics",
-    "scaling",
     "quality",
+    "scaling",
 )

@@ -24,6 +24,7 @@ IDM_CALLS, DDNM_CALLS = 3, 100
 DDNM_NAME, AS_PUBLISHED = "DDNM, float32", "IDM, float32, eager"
 RATIO = 0.1
 SIZES_ON_GPU = (256, 512)
+SIZES_ON_CPU = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def run(context: Context) -> Result:
     latencies: dict[str, list[tuple[Cell, float]]] = {}
     factors: list[str] = []
     on_gpu = context.device == "cuda"
-    sizes = SIZES_ON_GPU if on_gpu else (32,) if context.quick else (64, 128)
+    sizes = SIZES_ON_GPU if on_gpu else (32,) if context.quick else SIZES_ON_CPU
     models = networks(context)
     for size in sizes:
         for batch in (1, 8) if on_gpu and not context.quick else (1,):
@@ -121,7 +122,7 @@ def measure(
 
         result.attempt(f"{who}, {label}", check)
     seconds = 2.0 if context.quick else 20.0
-    least = 5 if device == "cuda" else 1 if context.quick else 3
+    least = 5 if device == "cuda" else 1 if context.quick or size > 128 else 3
     samples = take_turns({who: way.function for who, way in ready.items()}, device, seconds, least=least)
     found = {}
     for who, way in ready.items():

@@ -26,9 +26,11 @@ AXES = {
     ("cuda", True): ((128, 256, 512), (1, 3, 5)),
     ("cuda", False): ((128, 256, 512, 1024), (1, 2, 3, 5, 7, 10)),
     ("cpu", True): ((64, 128), (1, 2)),
-    ("cpu", False): ((64, 96, 128, 192, 256), (1, 2, 3, 5, 7, 10)),
+    ("cpu", False): ((64, 128, 256, 512, 1024), (1, 2, 3, 5, 10)),
 }
 """(device, quick) → the sides of an image and the T."""
+LARGEST_TIMED_ON_CPU = 256
+"""Side of an image, beyond which a step takes a CPU minutes; memory is counted all the same."""
 PROCESSES = 2
 SPARE = 3 * GIB
 """Of a GPU's memory, for parameters, gradients and the libraries' own buffers."""
@@ -54,9 +56,14 @@ def scaling(context: Context) -> Result:
             counts = {(name, value): counted[name, setting] for value, setting in settings.items() for name in names}
             values = list(settings)
             times = step_times(context, result, settings, names, counts, autocast, seconds)
-            report(result, what, base, values, names, times, {key: found for key, found in counts.items() if found})
+            known = {key: found for key, found in counts.items() if found}
+            report(result, what, context.device, base, values, names, times, known)
     result.attempt("two processes", lambda: processes(context, result, base, autocast, seconds))
     return result
+
+
+def is_timed(device: str, size: int) -> bool:
+    return device != "cpu" or size <= LARGEST_TIMED_ON_CPU
 
 
 def step_times(
@@ -72,6 +79,8 @@ def step_times(
     free = torch.cuda.mem_get_info()[0] - SPARE if context.device == "cuda" else float("inf")
     times: dict[tuple[str, int], float] = {}
     for value, setting in settings.items():
+        if not is_timed(context.device, setting.size):
+            continue
         with torch.device(context.device):
             model = IDM(steps=setting.steps, **setting.options)
         steps = {}
@@ -89,6 +98,7 @@ def step_times(
 def report(
     result: Result,
     what: str,
+    device: str,
     base: Setting,
     values: Sequence[int],
     names: Sequence[str],
@@ -101,11 +111,12 @@ def report(
     label = "side of an image in pixels" if what == "size" else "sampling steps T"
     unit, name_of_unit = (2**20, "MiB") if base.options else (GIB, "GiB")
     peaks = {key: found.peak_bytes / unit for key, found in counts.items()}
+    missing = {v: "does not fit" if what != "size" or is_timed(device, v) else "not timed" for v in values}
     for quantity, verb, axis, found in (
         ("Time", "takes", "seconds a step", times),
         ("Peak of activations", "needs", f"peak activations ({name_of_unit})", peaks),
     ):
-        rows: list[list[Cell]] = [[name, *(found.get((name, v), "does not fit") for v in values)] for name in names]
+        rows: list[list[Cell]] = [[name, *(found.get((name, v), missing[v]) for v in values)] for name in names]
         title = f"{quantity} of a training step against {what} ({fixed}), {axis}"
         result.tables.append(Table(title, [f"{what} =", *map(str, values)], rows))
         lines: dict[str, list[tuple[Cell, float]]] = {}

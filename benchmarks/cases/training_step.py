@@ -120,13 +120,14 @@ def compare(
     seconds: float,
     extras: bool,
 ) -> None:
-    """Time the ways called `names` at `setting`, for about `seconds`; with `extras`, a planned one and compiled ones too.
+    """Time the ways called `names` at `setting`, for about `seconds`.
 
-    A quick run leaves the references out where there are other implementations, and on a CPU all but the automatic choice.
+    With `extras` a planned one and compiled ones too, and ours with every implementation of the ops; without, the references
+    are left out where there are other implementations, and on a CPU all but the automatic choice.
     """
     ops: list[str | None] = [*implementations(context.device)]
     if len(ops) > 1:
-        ops = [*(ops if not context.quick else ops[1:] if context.device == "cuda" else []), None]
+        ops = [*(ops if extras else ops[1:] if context.device == "cuda" else []), None]
     runs = [Run(name, choice) for name in names for choice in (ops if name in OURS else ["reference"])]
     runs = [run for run in runs if result.attempt(f"{what}, {run.label}", lambda run=run: _check(context, run, autocast))]
     # One count serves all runs whose ops are the same to the counter.

@@ -112,9 +112,21 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     counts[PLAIN, 64] = None
     times = scaling.step_times(CONTEXT, result, settings, names, counts, None, 0.0)
     assert set(times) == set(counts) - {(PLAIN, 64)}
-    scaling.report(result, "size", base, (32, 64), names, times, {key: found for key, found in counts.items() if found})
+    scaling.report(result, "size", "cpu", base, (32, 64), names, times, {key: found for key, found in counts.items() if found})
     assert table(result, "Time").rows[0][1:] == [times[PLAIN, 32], "does not fit"]
     assert result.plots[1].title.startswith("At 64² the published training needs 2.00 times the memory of two_level")
+
+
+def test_scaling_says_which_sizes_a_cpu_does_not_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "LARGEST_TIMED_ON_CPU", 32)
+    result, base = Result(), Setting(1, 1, 32, NARROW)
+    settings = {size: base.with_(size=size) for size in (32, 64)}
+    counts = {(LEAN, size): known_count(LEAN, setting) for size, setting in settings.items()}
+    times = scaling.step_times(CONTEXT, result, settings, (LEAN,), counts, None, 0.0)
+    assert set(times) == {(LEAN, 32)}
+    scaling.report(result, "size", "cpu", base, (32, 64), (LEAN,), times, counts)
+    assert table(result, "Time").rows[0][1:] == [times[LEAN, 32], "not timed"]
+    assert table(result, "Peak").rows[0][-1] > 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are enough GPUs")
