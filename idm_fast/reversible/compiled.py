@@ -336,7 +336,10 @@ def compiled_chain(
     """
     bodies, coupling = constants
     if isinstance(streams, FixedStreams):
-        raise NotImplementedError("stream_dtype: chains of torch.int32 streams cannot be compiled; use torch.float64")
+        raise NotImplementedError(
+            "stream_dtype: chains of torch.int32 streams cannot be compiled: a compiled replay may round otherwise than its "
+            "forward pass did, and then the inverse is exact no longer; use torch.float64"
+        )
     if x2 is None:
         assert input_scale is not None
         x2 = x1 * input_scale.to(x1.dtype)
