@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Automatic order of choice. An implementation that a benchmark does not justify is not registered for automatic use."""
@@ -81,7 +82,8 @@ class Op:
 
     def choose_for(self, keys: torch._C.DispatchKeySet, device_type: str) -> Callable[..., Any]:
         """The implementation for a call with these keys, remembered where they say all that the choice depends on."""
-        name = self.choose(device_type)
+        choice = _choice  # read once: another thread may change it
+        name = self.choose_by(choice, device_type)
         function = self.implementations[name][0]
         dense = (keys & torch._C._after_autograd_keyset).raw_repr() in DENSE
         if name in CHECKED_IN_PYTHON:
@@ -89,7 +91,7 @@ class Op:
             one_device = dense and (device_type == "cpu" or torch.cuda.device_count() == 1)
             function = self._checked(function, self.check_arguments if one_device else self.check)
         if dense:
-            self.implementations.chosen[keys.raw_repr(), _choice] = function
+            self.implementations.chosen[keys.raw_repr(), choice] = function
         return function
 
     @staticmethod
@@ -111,8 +113,12 @@ class Op:
 
     def choose(self, device_type: str) -> str:
         """Name of the implementation that serves `device_type`; RuntimeError when the explicit choice cannot."""
-        if _choice is not None:
-            return self._explicit(_choice, device_type)
+        return self.choose_by(_choice, device_type)
+
+    def choose_by(self, choice: str | None, device_type: str) -> str:
+        """As `choose`, with this explicit choice (None: the automatic one)."""
+        if choice is not None:
+            return self._explicit(choice, device_type)
         for name in ORDER:
             if self.automatic(name, device_type):
                 if name in self.implementations and self.serves(name, device_type):
@@ -178,6 +184,12 @@ def define_op(
     return op.overload
 
 
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """NotImplementedError where forward-mode differentiation arrives: kernels would lose its tangents without a word."""
+    if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(f"idm_fast::{name} has no derivative in forward mode; use reverse mode (torch.autograd.grad)")
+
+
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Register the hand-written gradient of `idm_fast::<name>`.
 
@@ -230,6 +242,8 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     record = super(torch.autograd.Function, Gradient).apply
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(name, args)
         if not (grad_enabled() and any_requires_grad(*args)):
             return below(keys, args)
         output = Gradient.apply(keys, *args) if transformed() else record(keys, *args)

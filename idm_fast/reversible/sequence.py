@@ -69,7 +69,7 @@ class ReversibleSequence(nn.Module):
         coupling: "convex" (above, a learnable v a layer started at 0.5), or "additive" (RevNet: y1 = x2 + body(x1)).
         stream_dtype: what the two streams are kept in. Inverting multiplies rounding by 1/v a layer: torch.float32 serves
             about 11 layers at v = 0.5 with float32 bodies; torch.float64 is exact to 1e-13 there after 16 layers, and to
-            1e-6 after 32 (benchmarks/results/numerics.md). torch.int32 is fixed point and inverts to the bit whatever the
+            1e-6 after 32 (`numerics` in benchmarks/cases). torch.int32 is fixed point and inverts to the bit whatever the
             number of layers, each of which keeps 1 or 2 bits an element for that (none with "additive"). Bodies must then
             compute the same twice: deterministic kernels. Gradients take the rounding for the identity.
             None: torch.float32 under autocast, whose bodies round more than that, and torch.float64 outside.

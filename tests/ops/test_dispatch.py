@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_ops import cases
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idm_fast import ops
@@ -59,6 +60,16 @@ def test_transforms_that_the_gradient_cannot_serve_are_refused_as_by_autograd() 
         torch.func.grad(lambda x: ops.layer_norm(x, weight, bias).sum())(x)
 
 
+def test_forward_mode_is_refused_where_it_would_be_lost() -> None:
+    x, weight, bias = given(False)
+    with pytest.raises(NotImplementedError, match="layer_norm has no derivative in forward mode"):
+        torch.func.jvp(lambda x: ops.layer_norm(x, weight, bias), (x,), (x,))
+    with forward_ad.dual_level():
+        assert ops.layer_norm(x, weight, bias).shape == x.shape, "a level in which nothing has a tangent"
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            ops.layer_norm(forward_ad.make_dual(x, x), weight, bias)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_implementations_record_nothing_and_know_no_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
@@ -79,8 +90,8 @@ def test_implementations_record_nothing_and_know_no_autocast(autocast: bool, mon
 
 def test_an_implementation_is_chosen_once_and_again_when_the_choice_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     op, asked = registry.OPS["geglu"], []
-    choose = type(op).choose
-    monkeypatch.setattr(type(op), "choose", lambda self, device_type: asked.append(device_type) or choose(self, device_type))
+    choose = type(op).choose_by
+    monkeypatch.setattr(type(op), "choose_by", lambda self, by, device: asked.append(device) or choose(self, by, device))
     monkeypatch.setitem(op.implementations, "cpu", (lambda h: torch.full_like(h[..., ::2], 7.0), ("cpu",)))
     h = torch.zeros(2, 4)
     assert all((ops.geglu(h) == 7).all() for _ in range(3)) and asked == ["cpu"]
