@@ -522,6 +522,7 @@ def install(package: Path, made: dict[str, Path], record: Record) -> None:
     """Put the files `made` (by their names there) and the record into the package's folder, in place of an earlier build's."""
     for file in built_files(package):
         file.unlink()
-    record.write(package)
+    package.mkdir(parents=True, exist_ok=True)
     for name, file in made.items():
         shutil.copy2(file, package / name)
+    record.write(package)  # last: it says what is there
