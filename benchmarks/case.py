@@ -16,6 +16,9 @@ from typing import Any
 
 Cell = str | int | float
 
+COUNTED = ("bytes", "FLOP", "launches")
+"""Units of what was counted, in files that do not say `exact` yet."""
+
 
 class WrongResult(Exception):
     """What was to be timed does not compute what it should; its time must not be shown."""
@@ -32,14 +35,16 @@ class Measurement:
     Attributes:
         name: unique within its case, the same on every machine.
         unit: "s", "bytes", "FLOP", "launches", "dB", "1", …
-        samples: in the order in which they were taken; a count has one.
+        samples: in the order in which they were taken.
         better: "lower", "higher", or "" where neither is.
+        exact: counted, so the same in every run and on every machine: `compare` takes any difference for a change.
     """
 
     name: str
     unit: str
     samples: list[float]
     better: str = "lower"
+    exact: bool = False
 
     @property
     def median(self) -> float:
@@ -52,6 +57,11 @@ class Measurement:
             return self.samples[0], self.samples[0]
         first, _, third = quantiles(self.samples, n=4, method="inclusive")
         return first, third
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measurement:
+        counted = len(data["samples"]) == 1 and data["unit"] in COUNTED
+        return cls(data["name"], data["unit"], data["samples"], data["better"], data.get("exact", counted))
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,9 @@ class Result:
     failures: list[str] = field(default_factory=list)
     """Parts that did not work, each with its reason; the rest of the result stands."""
 
-    def count(self, name: str, unit: str, value: float, better: str = "lower") -> float:
-        """Record a figure that is the same in every run."""
-        self.measurements.append(Measurement(name, unit, [value], better))
+    def count(self, name: str, unit: str, value: float, better: str = "lower", exact: bool = True) -> float:
+        """Record a figure that is the same in every run; with `exact=False` one that was measured once."""
+        self.measurements.append(Measurement(name, unit, [value], better, exact))
         return value
 
     def samples(self, name: str, unit: str, samples: Sequence[float], better: str = "lower") -> Measurement:
@@ -116,13 +126,12 @@ class Result:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
-        fields = ("name", "unit", "samples", "better")
         plots = []
         for plot in data["plots"]:
             lines = {name: [(x, y) for x, y in points] for name, points in plot["lines"].items()}
             plots.append(Plot(**(plot | {"lines": lines})))
         return cls(
-            [Measurement(*(entry[name] for name in fields)) for entry in data["measurements"]],
+            [Measurement.from_json(entry) for entry in data["measurements"]],
             [Table(**table) for table in data["tables"]],
             plots,
             data["notes"],

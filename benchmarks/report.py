@@ -134,9 +134,12 @@ def write_page(folder: Path) -> Path:
 
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     found.sort(key=lambda data: ORDER.index(data["case"]) if data["case"] in ORDER else len(ORDER))
-    machine = found[0]["machine"] if found else {}
-    parts = ["<h1>idm-fast: benchmark report</h1>", "<dl>"]
-    parts += [f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>" for key, value in machine.items()]
+    parts = ["<h1>idm-fast: benchmark report</h1>"]
+    if sentence := differences(found):
+        parts.append(f'<p class="failure">{html.escape(sentence)}</p>')
+    first, *others = [data["machine"] for data in found] or [{}]
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    parts += ["<dl>", *(f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in shared.items())]
     entries = [f'<li><a href="#{d["case"]}">{d["case"]}</a>: {html.escape(d["question"])}</li>' for d in found]
     parts += ["</dl><ul>", *entries, "</ul>"]
     for data in found:
@@ -147,9 +150,21 @@ def write_page(folder: Path) -> Path:
     return path
 
 
+def differences(found: list[dict[str, Any]]) -> str:
+    """A sentence about what the cases, each the JSON of one, do not have in common; empty for cases of one run."""
+    values = {
+        "commits": [data["machine"]["commit"] for data in found],
+        "machines": [data["machine"]["device_name"] for data in found],
+        "threads": [str(data["machine"]["threads"]) for data in found],
+        "runs": ["quick" if data["quick"] else "full" for data in found],
+    }
+    texts = [f"{what}: {', '.join(dict.fromkeys(of_each))}" for what, of_each in values.items() if len(set(of_each)) > 1]
+    return f"These cases were not measured alike ({'; '.join(texts)}). Each says below how it was." if texts else ""
+
+
 def _section(folder: Path, data: dict[str, Any]) -> list[str]:
     result, name = Result.from_json(data["result"]), data["case"]
-    how = f"{data['seconds']:.0f} s{', quick' if data['quick'] else ''}"
+    how = html.escape(f"{data['seconds']:.0f} s{', quick' if data['quick'] else ''}, {machine_line(data['machine'])}")
     parts = [f'<h2 id="{name}">{name}</h2><p class="question">{html.escape(data["question"])}</p><p class="note">{how}</p>']
     parts += [f'<p class="failure">Did not work: {html.escape(failure)}</p>' for failure in result.failures]
     for k, plot in enumerate(result.plots):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.__main__ import _run_here
 from benchmarks.case import Case, Context, Measurement, Plot, Result, Table, WrongResult, load_cases
+from benchmarks.cases import memory, quality, reversible_layers
 from benchmarks.timing import take_turns
+from idm_fast.evaluation.protocol import ImageResult
 
 CONTEXT = Context("cpu", True)
 
@@ -20,6 +26,7 @@ def full_result() -> Result:
     result = Result(notes=["a note"], failures=["a part: RuntimeError: away"])
     result.count("peak", "bytes", 7)
     result.samples("step", "s", [3.0, 1.0, 2.0, 4.0, 5.0])
+    result.count("PSNR", "dB", 30.0, "higher", exact=False)
     result.tables.append(Table("A table", ["who", "ms"], [["ours", 1.5], ["theirs", 12345]]))
     result.plots.append(Plot("Ours is smaller", "T", "GiB", {"ours": [(1, 2.0)], "plain": [(1, 4.0)]}, baseline="plain"))
     result.plots.append(Plot("Bars", "", "s", {"ours": [("a", 2.0), ("b", 1.0)]}, bars=True))
@@ -38,6 +45,41 @@ def test_json_holds_all_of_a_result() -> None:
     data = json.loads(json.dumps(result.as_json()))
     assert Result.from_json(data) == result
     assert data["measurements"][1]["median"] == 3.0
+    assert [entry["exact"] for entry in data["measurements"]] == [True, False, False]
+
+
+def test_old_json_is_exact_where_it_counts() -> None:
+    result = Result()
+    for unit in ("bytes", "FLOP", "launches", "dB", "s"):
+        result.count(unit, unit, 1.0)
+    result.samples("several", "bytes", [1.0, 2.0])
+    data = result.as_json()
+    for entry in data["measurements"]:
+        del entry["exact"]
+    assert [m.exact for m in Result.from_json(data).measurements] == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_peaks_of_libraries_are_exact_where_they_were_counted(counted: bool) -> None:
+    result = Result()
+    found = {"peak": 100, "error": 0.0, "seconds": [1.0, 1.0]}
+    reversible_layers.add_figures(result, {"a library": found, "settings": {"text": "a network"}}, counted)
+    assert [m.exact for m in result.measurements] == [False, counted]
+
+
+def test_quality_is_not_exact() -> None:
+    result = Result()
+    image = ImageResult("a photograph", 32, 32, ratio=0.1, psnr_adjoint=20, ssim_adjoint=0.5, psnr=30, ssim=0.8, seconds=1)
+    quality.row(result, "a set", "float32", [image])
+    assert [m.exact for m in result.measurements] == [False, False, False]
+
+
+def test_peaks_on_a_gpu_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    monkeypatch.setattr(memory, "peak_on_gpu", lambda name, setting: 110)
+    result = Result()
+    memory._measured(result, {("a schedule", "a setting"): SimpleNamespace(peak_bytes=90, peak_with_gradients=100)})
+    assert [(m.samples, m.exact) for m in result.measurements] == [([110], False)]
 
 
 def test_a_wrong_result_is_refused_and_nan_is_wrong() -> None:
@@ -90,12 +132,18 @@ def test_samples_are_seconds() -> None:
     assert all(0.019 < sample < 1 for sample in samples)
 
 
-def test_report_page_holds_tables_plots_machine_and_failures(tmp_path: Path) -> None:
-    machine = {"device": "cpu", "device_name": "a <fast> processor", "threads": 1, "cores": 2, "torch": "2.13"}
-    machine |= {"triton": "3", "python": "3.11", "commit": "abc"}
-    data = {"case": "memory", "question": "How much?", "quick": True, "seconds": 1.0, "machine": machine}
+def write(folder: Path, case: str = "memory", quick: bool = True, **machine: Any) -> dict[str, Any]:
+    """What a run leaves of a case, also as a file."""
+    here = {"device": "cpu", "device_name": "a <fast> processor", "threads": 1, "cores": 2, "torch": "2.13"}
+    here |= {"triton": "3", "python": "3.11", "commit": "abc"}
+    data = {"case": case, "question": "How much?", "quick": quick, "seconds": 1.0, "machine": here | machine}
     data["result"] = full_result().as_json()
-    (tmp_path / "memory.json").write_text(json.dumps(data))
+    (folder / f"{case}.json").write_text(json.dumps(data))
+    return data
+
+
+def test_report_page_holds_tables_plots_machine_and_failures(tmp_path: Path) -> None:
+    data = write(tmp_path)
     report.write_case(tmp_path, data)
     page = report.write_page(tmp_path).read_text()
     texts = ("How much?", "a &lt;fast&gt; processor", "abc", "12,345", "Did not work: a part", "data:image/png;base64")
@@ -104,6 +152,30 @@ def test_report_page_holds_tables_plots_machine_and_failures(tmp_path: Path) -> 
     assert page.count("<img") == 2 and "http" not in page
     markdown = (tmp_path / "memory.md").read_text()
     assert "| ours | 1.50 |" in markdown and "![Ours is smaller](memory_0.png)" in markdown
+
+
+def test_every_section_says_where_it_was_measured(tmp_path: Path) -> None:
+    write(tmp_path, "memory")
+    write(tmp_path, "quality")
+    page = report.write_page(tmp_path).read_text()
+    assert page.count("a &lt;fast&gt; processor, 1 of 2 cores") == 2 and page.count("commit abc") == 2
+    assert "not measured alike" not in page and "<dt>commit</dt><dd>abc</dd>" in page
+
+
+DIFFERENT = [({"commit": "def"}, "commits: abc, def"), ({"threads": 2}, "threads: 1, 2")]
+DIFFERENT += [({"quick": False}, "runs: quick, full")]
+DIFFERENT += [({"device_name": "a slow one"}, "machines: a <fast> processor, a slow one")]
+
+
+@pytest.mark.parametrize(("other", "said"), DIFFERENT)
+def test_a_report_of_several_runs_says_so_at_its_top(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    first, second = write(tmp_path, "memory"), write(tmp_path, "quality", **other)
+    top, *sections = report.write_page(tmp_path).read_text().split("<h2")
+    assert f"not measured alike ({html.escape(said)})" in top
+    assert not any(f"<dt>{key}</dt>" in top for key in other)
+    for data, section in zip((first, second), sections, strict=True):
+        assert html.escape(report.machine_line(data["machine"])) in section
+        assert ("1 s, quick" in section) == data["quick"]
 
 
 NUMBERS = [(1234, "1,234"), (0.5, "0.5000"), (12.345, "12.35"), (1e-7, "1.00e-07"), ("x", "x")]
