@@ -12,6 +12,7 @@ does not fit is said to be left out. On a GPU the native extension is built firs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ SETTINGS = ("IDM_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_VISIBL
 """How the names of environment variables begin that a result depends on; JSON holds them, sizes stand in its names."""
 BUILDING = 240
 """Seconds after which the build is given up."""
+GRACE = 5
+"""Seconds that a case has to end its processes when its time is over."""
 TOO_SHORT = 10
 """A case with less than this many seconds left isn't started."""
 
@@ -108,18 +111,25 @@ def build_extension() -> str:
     """
     import torch
 
-    if not (shutil.which("nvcc") or any(os.environ.get(name) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"))):
+    named = any(os.environ.get(name) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
+    if not (named or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
         return "native extension: not built, there is no nvcc here"
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
     environment = {"TORCH_CUDA_ARCH_LIST": architecture, "IDM_FAST_BUILD": "cuda"} | os.environ
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     started = time.perf_counter()
+    # A session of its own, so that the compilers end with it.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=BUILDING, check=False)
+        output, _ = process.communicate(timeout=BUILDING)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return f"native extension: FAILED, not built in {BUILDING} s"
-    last = next((line for line in reversed((done.stdout + done.stderr).splitlines()) if line.strip()), "without a word")
-    verdict = f"FAILED ({last.strip()})" if done.returncode else "built"
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "without a word")
+    verdict = f"FAILED ({last.strip()})" if process.returncode else "built"
     return f"native extension: {verdict} for {environment['TORCH_CUDA_ARCH_LIST']} in {time.perf_counter() - started:.0f} s"
 
 
@@ -140,7 +150,11 @@ def _run_in_process(case: Case, context: Context, out: Path) -> bool:
         reason = f"stopped after {context.seconds:.0f} s"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # a case with processes in sessions of their own ends them first
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.perf_counter() - started
     if not target.exists():
@@ -152,6 +166,7 @@ def _run_in_process(case: Case, context: Context, out: Path) -> bool:
 def _run_here(case: Case, context: Context, out: Path) -> int:
     started = time.perf_counter()
     code = 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         result = case.run(context)
     except Exception as error:

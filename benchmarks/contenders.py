@@ -112,17 +112,35 @@ def plan_for(setting: Setting, budget: int, autocast: torch.dtype | None = torch
 
 
 def implementations(device: str) -> list[str]:
-    """What may stand behind the ops on `device` and is worth timing: not Triton's interpreter."""
-    registry.load_triton()
+    """What may stand behind the ops on `device` and is worth timing, the most specialised last: not Triton's interpreter."""
+    for name in kernels_for(device):
+        registry.load(name)
     names = [name for name in reversed(registry.ORDER) if device != "cpu" or name != "triton"]
     return [n for n in names if any(n in op.implementations and op.serves(n, device) for op in registry.OPS.values())]
+
+
+def kernels_for(device: str) -> list[str]:
+    """The implementations that are made for `device`, whether they can be had here or not."""
+    return [name for name, of in registry.FOR_DEVICE.items() if of == device]
+
+
+def missing_kernels(device: str) -> list[str]:
+    """Why those of `kernels_for` that cannot be had here cannot."""
+    return [f"{name}: {reason}" for name in kernels_for(device) if (reason := registry.load(name))]
+
+
+def ours_on(device: str) -> str | None:
+    """The choice of implementation that stands for this package's kernels on `device`: None, the automatic one, on a CPU.
+
+    On a GPU no kernel is taken unasked yet, so that it has to be named; "reference" where there is none.
+    """
+    return None if device == "cpu" else implementations(device)[-1]
 
 
 def references(device: str, implementation: str | None) -> tuple[str, ...]:
     """The ops that run as plain PyTorch on `device` under a choice of implementation (None: the automatic one)."""
     if implementation is None:
-        with registry.use(None):
-            return tuple(name for name, op in registry.OPS.items() if op.choose(device) == "reference")
+        return tuple(name for name, op in registry.OPS.items() if op.choose_by(None, device) == "reference")
     return tuple(registry.OPS) if implementation == "reference" else ()
 
 
@@ -159,6 +177,8 @@ class Step:
         with self._autocast:
             loss = (self.network(self.physics.A(self.x), self.physics) - self.x).abs().mean()
         loss.backward()
+        if isinstance(self.network, PublishedNetwork):
+            self.network.release()
 
 
 CHECKED = Setting(2, 2, 32, {"widths": (16, 32), "heads": 2, "norm_groups": 4})

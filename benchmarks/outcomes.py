@@ -23,12 +23,20 @@ class Outcomes:
     def __init__(self, log: Path) -> None:
         self._log = log
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(report)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # Of the three parts of a test the call counts, and what went wrong around it.
-        if report.when != "call" and report.passed:
-            return
+        if report.when == "call" or not report.passed:
+            self._write(report)
+
+    def _write(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = (crash.message if crash else str(report.longrepr or "")).splitlines() or [""]
-        line = {"test": report.nodeid, "outcome": report.outcome, "message": lines[0]}
+        # Of a file that could not be imported, the last line says why.
+        message = lines[0] if isinstance(report, pytest.TestReport) else lines[-1]
+        line = {"test": report.nodeid, "outcome": report.outcome, "message": message}
         with self._log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")

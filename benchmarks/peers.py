@@ -359,6 +359,8 @@ def allocated(device: str) -> Iterator[list[int]]:
 
 def measure(device: str, quick: bool) -> dict[str, dict[str, Any]]:
     """Peak bytes, seconds of each step, gradient error against float64 of each library, or why not, on one network."""
+    # TF32, PyTorch's default for a GPU's convolutions, is off by more than what is allowed here.
+    torch.backends.cudnn.allow_tf32 = False
     batch, channels, side, depth = (16, 128, 64, 16) if device == "cuda" else (2, 16, 32, 8) if quick else (4, 32, 48, 16)
     x = torch.randn(batch, 2 * channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     found: dict[str, dict[str, Any]] = {}
@@ -384,7 +386,8 @@ def measure(device: str, quick: bool) -> dict[str, dict[str, Any]]:
             found[who] = {"peak": peak[0] - parameters, "error": error}
             steps[who] = step
         except Exception as problem:
-            found[who] = {"failure": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"}
+            message = str(problem).strip().splitlines() or ["without a word"]
+            found[who] = {"failure": f"{type(problem).__name__}: {message[0]}"}
     for who, samples in take_turns(steps, device, 3 if quick else 30, least=5).items():
         found[who]["seconds"] = samples
     found["settings"] = {"text": settings}

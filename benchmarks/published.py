@@ -104,6 +104,10 @@ class PublishedNetwork(nn.Module):
         """What the resnets inside an up chain read. The published code registers it with them as buffers, so with "published"
         it lives, graph and all, until the next run of the block."""
 
+    def release(self) -> None:
+        """Let go of what lives until the next run: a second network on the same GPU should not find it there."""
+        self._skips.clear()
+
     def forward(self, y: Tensor, physics: Any) -> Tensor:
         """(B, H·W/N, q) → (B, 1, H, W); `physics` is a BlockCompressedSensing."""
         model = self.model

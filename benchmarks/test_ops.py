@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from benchmarks.cases.kernels import Level, arguments, by_implementation, weight_of
-from idm_fast.ops.registry import OPS, load_triton
+from benchmarks.contenders import implementations
+from idm_fast.ops.registry import OPS
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'idm-fast[bench]'")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVEL = Level(8, 320, 128, 2) if DEVICE == "cuda" else Level(1, 64, 64, 2)
 
-if DEVICE == "cuda":
-    load_triton()
-CONTENDERS = [(name, i) for name, op in OPS.items() for i in op.implementations if op.serves(i, DEVICE)]
+KERNELS = implementations(DEVICE)
+CONTENDERS = [(name, i) for name, op in OPS.items() for i in KERNELS if i in op.implementations and op.serves(i, DEVICE)]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ on a CPU one step of each (the U-Net and the projection behind it) times the ste
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
+from benchmarks.contenders import implementations, missing_kernels
 from benchmarks.timing import take_turns
 from idm_fast import IDM, BlockCompressedSensing, ops
 from idm_fast.evaluation.ddnm import adm_unet, ddnm
 
 PUBLISHED_FACTOR = 14.54
 IDM_CALLS, DDNM_CALLS = 3, 100
-DDNM_NAME, AS_PUBLISHED = "DDNM, float32", "IDM, float32, eager"
+IN_FLOAT32 = "IDM, float32"
+DDNM_NAME, AS_PUBLISHED = "DDNM, float32", f"{IN_FLOAT32}, eager"
 RATIO = 0.1
 SIZES_ON_GPU = (256, 512)
 SIZES_ON_CPU = (64, 128, 256)
@@ -43,6 +47,7 @@ def run(context: Context) -> Result:
     rows: list[list[Cell]] = []
     latencies: dict[str, list[tuple[Cell, float]]] = {}
     factors: list[str] = []
+    result.failures += missing_kernels(context.device)
     on_gpu = context.device == "cuda"
     sizes = SIZES_ON_GPU if on_gpu else (32,) if context.quick else SIZES_ON_CPU
     models = networks(context)
@@ -57,9 +62,9 @@ def run(context: Context) -> Result:
                 rows.append([who, label, way.parameters / 1e6, way.calls, 1e3 * time / way.calls, time, batch / time, factor])
                 if batch == 1:
                     latencies.setdefault(who, []).append((f"{size}²", time))
-            if batch == 1:
-                best = min((time, who) for who, (_, time) in seconds.items() if who.startswith("IDM"))
-                factors.append(f"{seconds[DDNM_NAME][1] / best[0]:.3g}× (at {size}²)")
+            times = {who: time for who, (_, time) in seconds.items() if who.startswith(IN_FLOAT32)}
+            if batch == 1 and times:
+                factors.append(f"{seconds[DDNM_NAME][1] / min(times.values()):.3g}× at {size}²")
     columns = ["method", "images", "M parameters", "U-Net calls", "ms a call", "s a batch", "images/s", "× as fast as DDNM"]
     how = "whole reconstructions" if on_gpu else "one step of each, times the steps"
     result.tables.append(
@@ -69,15 +74,17 @@ def run(context: Context) -> Result:
             rows,
             f"The paper's factor between IDM and DDNM is {PUBLISHED_FACTOR}×. A call is a U-Net with the projection behind it, "
             f"block compressed sensing at ratio {RATIO}. DDNM's authors move the image to the CPU at every step; on a GPU both "
-            f"are quoted. {AS_PUBLISHED}: plain PyTorch as in the published code, without this package's kernels.",
+            f"are quoted. {AS_PUBLISHED}: plain PyTorch as in the published code, without this package's kernels; the others "
+            "say whose ops they run. float32 is as PyTorch has it by default: on a GPU convolutions round to TF32.",
         )
     )
     if not on_gpu:
-        result.notes.append("On images this small a CPU spends much of a call on reading weights; the paper timed a GPU.")
+        result.notes.append("On small images a CPU spends much of a call on reading weights; the paper timed a GPU, at 256².")
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             result.notes.append("bfloat16 is left out: without instructions for it this processor takes twenty times as long.")
     if factors:
-        title = f"DDNM with 100 steps takes {' and '.join(factors)} as long as IDM (the paper: {PUBLISHED_FACTOR}×)"
+        many = f"{', '.join(factors)} as long as IDM"
+        title = f"DDNM with {DDNM_CALLS} steps takes {many}, both in float32 (the paper: {PUBLISHED_FACTOR}×)"
         label = "seconds for one image, batch 1"
         result.plots.append(Plot(title, "image size", label, latencies, baseline=DDNM_NAME, log_y=True, bars=True))
     return result
@@ -166,27 +173,30 @@ def ways(
 
     bf16 = torch.bfloat16
 
-    def channels_last() -> Way:
-        idm.to(memory_format=torch.channels_last)
-        return by_idm(partial(reconstruct, bf16))
+    @functools.cache
+    def channels_last() -> nn.Module:
+        return copy.deepcopy(idm).to(memory_format=torch.channels_last)
 
-    def compiled() -> Way:
-        return by_idm(partial(reconstruct, bf16, None, torch.compile(idm, dynamic=False)))
-
-    found: dict[str, Callable[[], Way]] = {
-        DDNM_NAME: by_ddnm,
-        AS_PUBLISHED: lambda: by_idm(partial(reconstruct, None, "reference")),
-        "IDM, float32, own kernels": lambda: by_idm(reconstruct),
-    }
+    found: dict[str, Callable[[], Way]] = {DDNM_NAME: by_ddnm}
     if on_gpu or (not context.quick and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         found["DDNM, bfloat16"] = lambda: by_ddnm(bf16)
-        found["IDM, bfloat16, own kernels"] = lambda: by_idm(partial(reconstruct, bf16))
     if on_gpu:
         found["DDNM, float32, through the CPU"] = lambda: by_ddnm(through_cpu=True)
-        found["IDM, bfloat16, channels last"] = channels_last
-        found["IDM, bfloat16, channels last, CUDA graph"] = lambda: by_idm(as_graph(partial(reconstruct, bf16)))
+    for name in implementations(device):
+        whose = "eager" if name == "reference" else f"{name} ops"
+        found[f"{IN_FLOAT32}, {whose}"] = lambda name=name: by_idm(partial(reconstruct, None, name))
+        if "DDNM, bfloat16" not in found:
+            continue
+        found[f"IDM, bfloat16, {whose}"] = lambda name=name: by_idm(partial(reconstruct, bf16, name))
+        if not on_gpu:
+            continue
+        last = f"IDM, bfloat16, channels last, {whose}"
+        found[last] = lambda name=name: by_idm(partial(reconstruct, bf16, name, channels_last()))
+        found[f"{last}, CUDA graph"] = lambda name=name: by_idm(as_graph(partial(reconstruct, bf16, name, channels_last())))
         if not context.quick:
-            found["IDM, bfloat16, channels last, torch.compile"] = compiled
+            found[f"{last}, torch.compile"] = lambda name=name: by_idm(
+                partial(reconstruct, bf16, name, torch.compile(channels_last(), dynamic=False))
+            )
     return found
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
+from benchmarks.contenders import missing_kernels
 from benchmarks.timing import copy_bandwidth, matrix_rate, take_turns
 from idm_fast import BlockCompressedSensing, kernels, ops
 from idm_fast.kernels.cost import Cost, size
-from idm_fast.ops.registry import OPS, load_triton
+from idm_fast.ops.registry import OPS
 
 COMPILED_QUICKLY = ("couple", "uncouple", "geglu")
 """What torch.compile is held against in a quick run: it compiles for seconds to a minute an op. A full run compiles all ops,
@@ -231,11 +232,7 @@ def checked(
 
 @case("How close to the machine's limits do our kernels run, and how much faster than eager PyTorch?", seconds=(100, 1500))
 def run(context: Context) -> Result:
-    result = Result()
-    if context.device == "cuda":
-        reason = load_triton()
-        if reason is not None:
-            result.failures.append(f"Triton: {reason}")
+    result = Result(failures=missing_kernels(context.device))
     body = torch.bfloat16 if context.device == "cuda" else torch.float32
     bandwidth = result.samples("copy bandwidth", "B/s", copy_bandwidth(context.device), "higher").median
     rate = result.samples("matrix rate", "FLOP/s", matrix_rate(context.device, body), "higher").median

@@ -237,6 +237,6 @@ def run(context: Context) -> Result:
     result.plots += [error_plot(samples, "recovered", "Recovered input"), error_plot(samples, "gradients", "Gradients")]
     result.notes += [
         tolerance_note(samples),
-        f"Streams of {SHAPE}, medians of {len(seeds)} seeds; always on the CPU, which computes what a GPU would.",
+        f"Streams of {SHAPE}, medians of {len(seeds)} seeds; always on the CPU.",
     ]
     return result

@@ -23,6 +23,7 @@ from idm_fast.pretrained import load_weights
 
 MOST_DIFFERENCE = 0.02
 """dB that bfloat16 may cost, averaged over a set."""
+FEW = 3
 BLOCK_SIZE = 32
 PUBLISHED_SETS = ("Set11", "CBSD68", "Urban100", "DIV2K")
 PUBLISHED = [
@@ -48,23 +49,27 @@ def run(context: Context) -> Result:
     ratios = [float(r) for r in asked.split(",")] if asked else model.config["trained_ratios"] or [0.1]
     rows: list[list[Cell]] = []
     bars: dict[str, list[tuple[Cell, float]]] = {}
+    moved: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, paths in test_sets(Path(folder)).items():
             for ratio in ratios:
                 label = f"{name}, ratio {ratio:g}"
                 found = {}
                 for dtype in DTYPES:
-                    score = partial(scores, model, paths, ratio, block_size, context, dtype)
+                    few = paths if dtype == "float32" else paths[: images_in_bfloat16(context)]
+                    score = partial(scores, model, few, ratio, block_size, context, dtype)
                     found[dtype] = result.attempt(f"{label}, {dtype}", score)
                 for dtype, images in found.items():
                     if images:
-                        rows.append(row(result, label, len(paths), dtype, images))
+                        rows.append(row(result, label, dtype, images))
                 if all(found.values()):
-                    difference = averages(found["bfloat16"])["psnr"] - averages(found["float32"])["psnr"]
-                    result.count(f"{label}: bfloat16 less float32", "dB", difference, "higher")
-                    if not abs(difference) <= MOST_DIFFERENCE:
-                        moved = f"bfloat16 moves PSNR by {difference:.3f} dB"
-                        result.failures.append(f"{label}: {moved}, allowed are {MOST_DIFFERENCE}")
+                    of_same = found["float32"][: len(found["bfloat16"])]
+                    difference = averages(found["bfloat16"])["psnr"] - averages(of_same)["psnr"]
+                    result.count(f"{label}: bfloat16 less float32", "dB", difference, "higher", exact=False)
+                    moved.append(abs(difference))
+                    if not moved[-1] <= MOST_DIFFERENCE:
+                        how = f"bfloat16 moves PSNR by {difference:.3f} dB"
+                        result.failures.append(f"{label}: {how}, allowed are {MOST_DIFFERENCE}")
                 if found["float32"]:
                     mean = averages(found["float32"])
                     bars.setdefault("Aᵀy, the measurements put back", []).append((label, mean["psnr_adjoint"]))
@@ -72,7 +77,10 @@ def run(context: Context) -> Result:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     columns = ["images", "number", "dtype", "PSNR (dB)", "SSIM", "PSNR of Aᵀy (dB)", "s an image", "s an image, first"]
     title = f"Measured: {'tiny weights of the package' if weights is None else Path(weights).name}, {size:.2f} M parameters"
-    result.tables.append(Table(title, columns, rows, "Seconds: median over the images, and the first, which warms up."))
+    note = "Seconds: median over the images, and the first, which warms up."
+    if moved:
+        note += f" bfloat16 moves the PSNR of the same images by {max(moved):.3f} dB at most; {MOST_DIFFERENCE} are allowed."
+    result.tables.append(Table(title, columns, rows, note))
     result.tables.append(
         Table(
             "Published PSNR (dB) at ratio 0.1/0.3/0.5",
@@ -108,10 +116,15 @@ def scores(
         return evaluate(model, paths, ratio, block_size, device=context.device)
 
 
-def row(result: Result, label: str, number: int, dtype: str, images: list[ImageResult]) -> list[Cell]:
+def images_in_bfloat16(context: Context) -> int | None:
+    """How many images of a set are reconstructed so: a minute each where the processor has no instructions for it."""
+    return FEW if context.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def row(result: Result, label: str, dtype: str, images: list[ImageResult]) -> list[Cell]:
     mean = averages(images)
-    result.count(f"{label}, {dtype}: PSNR", "dB", mean["psnr"], "higher")
-    result.count(f"{label}, {dtype}: SSIM", "1", mean["ssim"], "higher")
+    result.count(f"{label}, {dtype}: PSNR", "dB", mean["psnr"], "higher", exact=False)
+    result.count(f"{label}, {dtype}: SSIM", "1", mean["ssim"], "higher", exact=False)
     seconds = [image.seconds for image in images]
     middle = result.samples(f"{label}, {dtype}: an image", "s", seconds[1:] or seconds).median
-    return [label, number, dtype, mean["psnr"], mean["ssim"], mean["psnr_adjoint"], middle, seconds[0]]
+    return [label, len(images), dtype, mean["psnr"], mean["ssim"], mean["psnr_adjoint"], middle, seconds[0]]

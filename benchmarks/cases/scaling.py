@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,10 +16,24 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.case import Cell, Context, NotHere, Plot, Result, Table, case
-from benchmarks.contenders import LEAN, PLAIN, PUBLISHED, SMALL, Setting, Step, check_gradients, count, counters, train_by
+from benchmarks.contenders import (
+    LEAN,
+    PLAIN,
+    PUBLISHED,
+    SMALL,
+    Setting,
+    Step,
+    check_gradients,
+    check_in_use,
+    count,
+    counters,
+    ours_on,
+    train_by,
+)
 from benchmarks.timing import take_turns
 from idm_fast import IDM
 from idm_fast.memory.count import GIB, StepCount
+from idm_fast.ops import registry
 
 NAMES = (PLAIN, PUBLISHED, LEAN)
 AXES = {
@@ -29,7 +43,7 @@ AXES = {
     ("cpu", False): ((64, 128, 256, 512, 1024), (1, 2, 3, 5, 10)),
 }
 """(device, quick) → the sides of an image and the T."""
-LARGEST_TIMED_ON_CPU = 256
+LARGEST_TIMED_ON_CPU = 128
 """Side of an image, beyond which a step takes a CPU minutes; memory is counted all the same."""
 PROCESSES = 2
 SPARE = 3 * GIB
@@ -42,11 +56,18 @@ QUESTION = "How do time and memory grow with image size and T, and what do two p
 @case(QUESTION, seconds=(180, 1800), quick=("cuda",))
 def scaling(context: Context) -> Result:
     """Full width at batch 1 on a GPU; on a CPU a narrow network."""
-    result, full = Result(), not context.quick
-    names = [name for name in NAMES if result.attempt(name, lambda name=name: check_gradients(context, name)) is not None]
+    result, full, choice = Result(), not context.quick, ours_on(context.device)
     base, autocast = (Setting(3, 1, 256), torch.bfloat16) if context.device == "cuda" else (Setting(1, 1, 64, SMALL), None)
     sizes, steps = AXES[context.device, context.quick]
     seconds = 60.0 if full else 4.0
+
+    def check(name: str) -> float:
+        check_gradients(context, name)
+        return check_in_use(context, name, choice if name == LEAN else "reference", autocast)
+
+    names = [name for name in NAMES if result.attempt(name, lambda name=name: check(name)) is not None]
+    if choice is not None:
+        result.notes.append(f"Ops of {LEAN}: {choice}.")
     with counters() as submit:
         axes = {"size": {v: base.with_(size=v) for v in sizes}, "steps": {v: base.with_(steps=v) for v in steps}}
         wanted = dict.fromkeys((name, s) for settings in axes.values() for s in settings.values() for name in names)
@@ -55,11 +76,19 @@ def scaling(context: Context) -> Result:
         for what, settings in axes.items():
             counts = {(name, value): counted[name, setting] for value, setting in settings.items() for name in names}
             values = list(settings)
-            times = step_times(context, result, settings, names, counts, autocast, seconds)
+            times = step_times(context, result, settings, names, counts, autocast, seconds, choice)
             known = {key: found for key, found in counts.items() if found}
             report(result, what, context.device, base, values, names, times, known)
-    result.attempt("two processes", lambda: processes(context, result, base, autocast, seconds))
+    result.attempt("two processes", lambda: processes(context, result, base, autocast, seconds, choice))
     return result
+
+
+def with_ops(choice: str | None, step: Step) -> Callable[[], None]:
+    def once() -> None:
+        with registry.use(choice):
+            step()
+
+    return once
 
 
 def is_timed(device: str, size: int) -> bool:
@@ -74,6 +103,7 @@ def step_times(
     counts: Mapping[tuple[str, int], StepCount | None],
     autocast: torch.dtype | None,
     seconds: float,
+    choice: str | None = None,
 ) -> dict[tuple[str, int], float]:
     """Median seconds of a step, by name and key of `settings`, where memory suffices; `seconds` for all of them together."""
     free = torch.cuda.mem_get_info()[0] - SPARE if context.device == "cuda" else float("inf")
@@ -87,7 +117,7 @@ def step_times(
         for name in names:
             counted = counts[name, value]
             if counted is not None and counted.peak_bytes <= free:
-                step = Step(train_by(name, model), setting, context.device, autocast)
+                step = with_ops(choice, Step(train_by(name, model), setting, context.device, autocast))
                 if result.attempt(f"{name}, {setting}", lambda step=step: (step(), True)) is not None:
                     steps[name] = step
         for name, samples in take_turns(steps, context.device, seconds / len(settings), least=2).items():
@@ -106,17 +136,21 @@ def report(
     counts: Mapping[tuple[str, int], StepCount],
 ) -> None:
     """Tables and plots of time and memory against `what`, a field of `Setting`."""
+    def missing(name: str, value: int) -> str:
+        if (name, value) not in counts:
+            return "not counted"
+        return "does not fit" if what != "size" or is_timed(device, value) else "not timed"
+
     fixed = f"T = {base.steps}, batch {base.batch}" if what == "size" else f"batch {base.batch}, {base.size}²"
     fixed = f"{'narrow network' if base.options else 'full width'}, {fixed}"
     label = "side of an image in pixels" if what == "size" else "sampling steps T"
     unit, name_of_unit = (2**20, "MiB") if base.options else (GIB, "GiB")
     peaks = {key: found.peak_bytes / unit for key, found in counts.items()}
-    missing = {v: "does not fit" if what != "size" or is_timed(device, v) else "not timed" for v in values}
     for quantity, verb, axis, found in (
         ("Time", "takes", "seconds a step", times),
         ("Peak of activations", "needs", f"peak activations ({name_of_unit})", peaks),
     ):
-        rows: list[list[Cell]] = [[name, *(found.get((name, v), missing[v]) for v in values)] for name in names]
+        rows: list[list[Cell]] = [[name, *(found.get((name, v), missing(name, v)) for v in values)] for name in names]
         title = f"{quantity} of a training step against {what} ({fixed}), {axis}"
         result.tables.append(Table(title, [f"{what} =", *map(str, values)], rows))
         lines: dict[str, list[tuple[Cell, float]]] = {}
@@ -131,7 +165,14 @@ def report(
             result.plots.append(Plot(title, label, axis, lines, PLAIN, log_x=what == "size", log_y=True))
 
 
-def processes(context: Context, result: Result, base: Setting, autocast: torch.dtype | None, seconds: float) -> None:
+def processes(
+    context: Context,
+    result: Result,
+    base: Setting,
+    autocast: torch.dtype | None,
+    seconds: float,
+    choice: str | None = None,
+) -> None:
     """DistributedDataParallel around two_level: images a second with one process and with two, each with its own batch.
 
     Raises:
@@ -147,7 +188,7 @@ def processes(context: Context, result: Result, base: Setting, autocast: torch.d
     rates: dict[int, list[float]] = {}
     for number in (1, PROCESSES):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (number, _free_port(), context.device, base, autocast, seconds / 4, threads, folder)
+            arguments = (number, _free_port(), context.device, base, autocast, choice, seconds / 4, threads, folder)
             torch.multiprocessing.spawn(_train_process, arguments, nprocs=number)
             samples = [float(line) for line in (Path(folder) / "seconds").read_text().split()]
         rates[number] = [number * base.batch / sample for sample in samples]
@@ -176,6 +217,7 @@ def _train_process(
     device: str,
     setting: Setting,
     autocast: torch.dtype | None,
+    choice: str | None,
     seconds: float,
     threads: int,
     folder: str,
@@ -188,9 +230,10 @@ def _train_process(
         torch.set_num_threads(threads)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=number)
     torch.manual_seed(0)
+    registry.load(choice)
     step = Step(train_by(LEAN, IDM(steps=setting.steps, **setting.options)), setting, device, autocast)
     step.network = DistributedDataParallel(step.network)
-    single = partial(take_turns, {"step": step}, device)
+    single = partial(take_turns, {"step": with_ops(choice, step)}, device)
     # How many steps that makes, the first process says, for all of them wait for each other.
     rounds = torch.tensor([max(3, int(seconds / median(single(0, least=2)["step"])))], device=device)
     dist.broadcast(rounds, 0)

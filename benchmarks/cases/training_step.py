@@ -35,6 +35,7 @@ from benchmarks.contenders import (
     counters,
     gradients_of,
     implementations,
+    ours_on,
     plan_for,
     references,
     total_error,
@@ -126,6 +127,7 @@ def compare(
     are left out where there are other implementations, and on a CPU all but the automatic choice.
     """
     ops: list[str | None] = [*implementations(context.device)]
+    chosen = ours_on(context.device)
     if len(ops) > 1:
         ops = [*(ops if extras else ops[1:] if context.device == "cuda" else []), None]
     runs = [Run(name, choice) for name in names for choice in (ops if name in OURS else ["reference"])]
@@ -140,10 +142,10 @@ def compare(
     if extras and published is not None:
         planned = result.attempt(PLANNED, lambda: submit(plan_for, setting, published.peak_bytes, autocast).result())
         if planned is not None:
-            runs.append(Run(PLANNED, ops[-1]))
+            runs.append(Run(PLANNED, chosen))
             plan, counts[runs[-1]] = planned
     if extras:
-        runs += [Run(name, ops[-1] if name in OURS else "reference", compiled=True) for name in COMPILED if name in names]
+        runs += [Run(name, chosen if name in OURS else "reference", compiled=True) for name in COMPILED if name in names]
     steps = _steps(context, result, what, setting, runs, autocast, plan)
     functions = {run.label: step for run, (step, _) in steps.items()}
     times = result.attempt(what, lambda: take_turns(functions, context.device, seconds, least=3)) or {}
@@ -198,8 +200,9 @@ def _fitting(
         batch //= 2
         gc.collect()
         torch.cuda.empty_cache()
-    if run.compiled:
-        plain = Step(train_by(run.name, model), setting.with_(batch=batch), context.device, autocast)
+    if run.compiled or run.name == PLANNED:  # the others were checked before, in what they are timed in
+        twin = train_by(LEAN if run.name == PLANNED else run.name, model)
+        plain = Step(twin, setting.with_(batch=batch), context.device, autocast)
         found = gradients_of(step)
         with registry.use(run.implementation):
             plain()

@@ -83,9 +83,11 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, memory: int = 80 * GIB) -> Iter
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    # Both would stay loaded, and be asked for by the tests that come after.
-    monkeypatch.setattr(registry, "load_triton", lambda: "a pretended GPU runs no kernels")
-    monkeypatch.setattr(native, "load_cuda", lambda: "a pretended GPU runs no kernels")
+    # The references stand for Triton's kernels. What was really loaded would stay, and be asked for by the tests after these.
+    for op in registry.OPS.values():
+        monkeypatch.setitem(op.implementations, "triton", (op.implementations["reference"][0], ("cpu", "cuda")))
+    monkeypatch.setattr(registry, "load_triton", lambda: None)
+    monkeypatch.setattr(native, "load_cuda", lambda: "a pretended GPU runs no CUDA")
     enter = torch.autocast.__init__
 
     def without_autocast(

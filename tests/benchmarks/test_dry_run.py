@@ -38,6 +38,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     contenders.oracle.cache_clear()
     contenders.allowed_error.cache_clear()
     with pretend_gpu(monkeypatch):
+        assert contenders.missing_kernels("cuda") == ["cuda: a pretended GPU runs no CUDA"]
+        for module in (kernels, inference):
+            monkeypatch.setattr(module, "missing_kernels", lambda device: [])
         yield
     contenders.oracle.cache_clear()
     contenders.allowed_error.cache_clear()
@@ -81,13 +84,14 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "adm_unet", partial(adm_unet, **small, attn_norm_num_groups=8))
     monkeypatch.setattr(inference, "SIZES_ON_GPU", (64,))
     result = complete(inference.run(QUICK), tmp_path)
-    assert {str(row[0]) for row in result.tables[0].rows} >= {"IDM, bfloat16, channels last, CUDA graph"}
+    ways = [str(row[0]) for row in result.tables[0].rows]
+    assert len(ways) == len(set(ways)) == 3 + 2 * 4
+    assert {"IDM, float32, eager", "IDM, bfloat16, channels last, triton ops, CUDA graph"} <= set(ways)
 
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "levels", lambda context: [kernels.Level(1, 32, 16, 4)])
     monkeypatch.setattr(kernels, "COMPILED_QUICKLY", ())
-    monkeypatch.setattr(kernels, "load_triton", lambda: None)
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: [1e12])
     monkeypatch.setattr(kernels, "matrix_rate", lambda device, dtype: [1e14])
     complete(kernels.run(QUICK), tmp_path)

@@ -536,6 +536,7 @@ def test_all_ops_are_captured_in_a_cuda_graph_on_another_stream(tf32: None) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     if not shutil.which("compute-sanitizer"):
