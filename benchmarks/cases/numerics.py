@@ -227,7 +227,7 @@ def run(context: Context) -> Result:
     for s in samples:
         label = f"{s.stream} streams, {s.body} bodies, v {s.v}, {s.depth} layers"
         for name in ("recovered", "gradients"):
-            # One sample is a count for `compare`; these errors move by chance from one processor to another
+            # They move by chance from one processor to another, so that neither more nor less says anything to `compare`
             result.count(f"{name}: {label}", "1", getattr(s, name), better="")
     wrong = [s for s in samples if s.stream == "fixed" and (s.recovered or s.gradients)]
     if wrong:
