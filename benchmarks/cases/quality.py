@@ -117,7 +117,7 @@ def scores(
 
 
 def images_in_bfloat16(context: Context) -> int | None:
-    """How many images of a set are reconstructed so: a minute each where the processor has no instructions for it."""
+    """How many images of a set are reconstructed so: 40 s each on two cores that have no instructions for it."""
     return FEW if context.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 

@@ -44,7 +44,7 @@ AXES = {
 }
 """(device, quick) → the sides of an image and the T."""
 LARGEST_TIMED_ON_CPU = 128
-"""Side of an image, beyond which a step takes a CPU minutes; memory is counted all the same."""
+"""Side of an image; a step of twice the side takes four times as long and more. Memory is counted all the same."""
 PROCESSES = 2
 SPARE = 3 * GIB
 """Of a GPU's memory, for parameters, gradients and the libraries' own buffers."""
