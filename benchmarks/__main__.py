@@ -19,8 +19,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import compare, report
@@ -31,7 +33,7 @@ MINUTES = {("cpu", True): 6.0, ("cpu", False): 60.0, ("cuda", True): 9.0}
 """(device, quick) → how long a run may take, all told."""
 DRAWING = 10
 """Seconds of these that are kept for tables, plots and the page."""
-SETTINGS = ("IDM_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_VISIBLE")
+SETTINGS = ("IDM_", "OMP_", "MKL_", "MALLOC_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_VISIBLE")
 """How the names of environment variables begin that a result depends on; JSON holds them, sizes stand in its names."""
 BUILDING = 240
 """Seconds after which the build is given up."""
@@ -139,10 +141,10 @@ def _run_in_process(case: Case, context: Context, out: Path) -> bool:
     target = out / f"{case.name}.json"
     target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks", "--device", context.device, "--out", str(out), "--one", case.name]
-    command += ["--seconds", f"{context.seconds:.0f}"]
+    command += ["--seconds", f"{context.seconds:.0f}", *(["--quick"] if context.quick else [])]
     started = time.perf_counter()
     # A session of its own, so that the processes that a case starts end with it.
-    process = subprocess.Popen([*command, *(["--quick"] if context.quick else [])], start_new_session=True)
+    process = subprocess.Popen(command, env=case.environment | os.environ, start_new_session=True)
     try:
         code = process.wait(context.seconds)
         reason = None if code == 0 else f"its process ended with code {code}"
@@ -165,17 +167,32 @@ def _run_in_process(case: Case, context: Context, out: Path) -> bool:
 
 def _run_here(case: Case, context: Context, out: Path) -> int:
     started = time.perf_counter()
-    code = 0
+    code, target = 0, out / f"{case.name}.json"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # In time for this process to be stopped after it, wherever it is by then.
+    saving = threading.Timer(max(context.seconds - GRACE, 0), _write_so_far, (case, context, target))
+    saving.daemon = True
+    if context.seconds < float("inf"):
+        saving.start()
     try:
         result = case.run(context)
     except Exception as error:
         traceback.print_exc()
-        code, result = 1, Result(failures=[f"{type(error).__name__}: {error}"])
+        code, result = 1, context.begun[-1] if context.begun else Result()
+        result.failures.append(f"{type(error).__name__}: {error}")
+    saving.cancel()
     for failure in result.failures:
         print(f"  did not work: {failure}", flush=True)
-    _write(case, context, result, time.perf_counter() - started, out / f"{case.name}.json")
+    _write(case, context, result, time.perf_counter() - started, target)
     return code
+
+
+def _write_so_far(case: Case, context: Context, target: Path) -> None:
+    """What the case has found when its time is nearly over; replaced if it still ends."""
+    for result in context.begun[-1:]:
+        reason = f"stopped after {context.seconds:.0f} s: what had been measured by then stands, the rest is missing"
+        so_far = replace(result, failures=[*result.failures, reason])
+        _write(case, context, so_far, context.seconds, target)
 
 
 def _write(case: Case, context: Context, result: Result, seconds: float, target: Path) -> None:
@@ -194,7 +211,9 @@ def _write(case: Case, context: Context, result: Result, seconds: float, target:
         "machine": describe(context.device),
         "result": result.as_json(),
     }
-    target.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(target)
 
 
 def _draw(folder: Path) -> int:

@@ -146,6 +146,12 @@ class Context:
     device: str
     quick: bool
     seconds: float = float("inf")
+    begun: list[Result] = field(default_factory=list, compare=False)
+
+    def new_result(self, **parts: Any) -> Result:
+        """A `Result` that is kept as far as it has come when the case's time is over."""
+        self.begun.append(Result(**parts))
+        return self.begun[-1]
 
     def check(self, what: str, error: float, bound: float) -> None:
         """WrongResult unless `error` ≤ `bound`; NaN fails as well."""
@@ -162,6 +168,7 @@ class Case:
         devices: on which it runs.
         quick: on which it is part of a quick run, unless asked for by name.
         seconds: time limit of a quick and of a full run; what takes longer is stopped and said to have been.
+        environment: variables of its process; one that is set already stays as it is.
     """
 
     name: str
@@ -170,6 +177,7 @@ class Case:
     devices: tuple[str, ...]
     seconds: tuple[int, int]
     quick: tuple[str, ...] = ("cpu", "cuda")
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {}
@@ -180,12 +188,13 @@ def case(
     devices: Iterable[str] = ("cpu", "cuda"),
     seconds: tuple[int, int] = (60, 600),
     quick: Iterable[str] = ("cpu", "cuda"),
+    environment: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """Register the decorated function as the case of its module."""
 
     def register(function: Callable[[Context], Result]) -> Callable[[Context], Result]:
         name = function.__module__.rpartition(".")[2]
-        CASES[name] = Case(name, question, function, tuple(devices), seconds, tuple(quick))
+        CASES[name] = Case(name, question, function, tuple(devices), seconds, tuple(quick), environment or {})
         return function
 
     return register

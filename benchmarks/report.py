@@ -54,10 +54,42 @@ def draw(plot: Plot, path: Path) -> None:
     from matplotlib import pyplot
 
     groups: list[Cell] = list(dict.fromkeys(x for points in plot.lines.values() for x, _ in points))
-    figure, axes = pyplot.subplots(figsize=(11 if plot.bars and len(groups) > 12 else 8, 4.6), dpi=110)
+    listed = plot.bars and 1 in (len(plot.lines), len(groups))
+    height = 1.2 + 0.29 * max(len(groups), len(plot.lines)) if listed else 4.6
+    wide = plot.bars and not listed and len(groups) > 12
+    figure, axes = pyplot.subplots(figsize=(11 if wide else 8, height), dpi=110)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#e5e5e5")
+    axes.grid(axis="x" if listed else "y", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
+    if listed:
+        _list_bars(axes, plot)
+    else:
+        _draw_points(axes, plot, groups)
+    axes.set_title(plot.title, loc="left", fontsize=11, wrap=True)
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _list_bars(axes: Any, plot: Plot) -> None:
+    """Bars below each other, each named on the axis: for one line or one group of bars."""
+    entries = [(name if len(plot.lines) > 1 else str(x), y) for name, points in plot.lines.items() for x, y in points]
+    colours = [BASELINE_COLOUR if name == plot.baseline else COLOURS[0] for name, _ in entries]
+    names = [f"{name} (baseline)" if name == plot.baseline else name for name, _ in entries]
+    bars = axes.barh(range(len(entries)), [y for _, y in entries], 0.75, color=colours)
+    axes.bar_label(bars, [f"{y:.3g}" for _, y in entries], fontsize=8, padding=3)
+    axes.set_yticks(range(len(entries)), names, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.02)
+    shared = {str(x) for points in plot.lines.values() for x, _ in points} if len(plot.lines) > 1 else set()
+    axes.set_xlabel("; ".join([plot.y_label, *shared]))
+    if plot.log_y:
+        _label_logarithmic(axes, axes.xaxis, "x", [y for _, y in entries])
+
+
+def _draw_points(axes: Any, plot: Plot, groups: list[Cell]) -> None:
+    """Lines through points, or bars beside each other in groups; a legend names them."""
+    from matplotlib import ticker
+
     colours = iter(COLOURS * (1 + len(plot.lines) // len(COLOURS)))
     width = 0.8 / max(len(plot.lines), 1)
     for k, (name, points) in enumerate(plot.lines.items()):
@@ -72,24 +104,35 @@ def draw(plot: Plot, path: Path) -> None:
         else:
             style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": "--" if base else "-"}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    values = [y for points in plot.lines.values() for _, y in points]
     if plot.bars:
         crowded = {"rotation": 40, "ha": "right", "fontsize": 8} if len("".join(map(str, groups))) > 60 else {}
         axes.set_xticks(range(len(groups)), [str(group) for group in groups], **crowded)
-    if plot.log_x:
+    elif plot.log_x:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    elif all(isinstance(x, int) for x in groups):
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if plot.log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    elif not plot.bars or all(y >= 0 for points in plot.lines.values() for _, y in points):
+        _label_logarithmic(axes, axes.yaxis, "y", values)
+    elif not plot.bars or all(y >= 0 for y in values):
         axes.set_ylim(bottom=0)
-    axes.set_title(plot.title, loc="left", fontsize=11, wrap=True)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     if len(plot.lines) > 1:
         axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
+
+
+def _label_logarithmic(axes: Any, axis: Any, which: str, values: list[float]) -> None:
+    """A logarithmic axis with plain numbers on it, also between powers of ten where there are few of those."""
+    from matplotlib import ticker
+
+    axes.set(**{f"{which}scale": "log"})
+    span = max(values) / min(values)
+    steps = (1.0,) if span > 1000 else (1.0, 2.0, 5.0) if span > 6 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=20))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def write_case(folder: Path, data: dict[str, Any]) -> None:

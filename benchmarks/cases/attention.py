@@ -35,7 +35,7 @@ def run(context: Context) -> Result:
 
 
 def compare(context: Context, sizes: tuple[tuple[int, int], ...], batch: int) -> Result:
-    result, device = Result(), torch.device(context.device)
+    result, device = context.new_result(), torch.device(context.device)
     rows: list[list[Cell]] = []
     bars: dict[str, list[tuple[Cell, float]]] = {}
     for head_dim, tokens in sizes:

@@ -43,7 +43,7 @@ class Way:
 
 @case("How much faster is IDM than DDNM with 100 steps, the paper's 14.54×?", seconds=(150, 1200))
 def run(context: Context) -> Result:
-    result = Result()
+    result = context.new_result()
     rows: list[list[Cell]] = []
     latencies: dict[str, list[tuple[Cell, float]]] = {}
     factors: list[str] = []

@@ -60,7 +60,7 @@ def compare(
     swept: Sequence[str],
 ) -> Result:
     """All ways to train at `base` with the T of `steps`; those of `swept` at `sweep` with these batches and sizes."""
-    result = Result()
+    result = context.new_result()
     right = [name for name in CONTENDERS if result.attempt(name, lambda name=name: check_gradients(context, name)) is not None]
     swept = [name for name in swept if name in right]
     ours = [name for name in OURS if name in right]

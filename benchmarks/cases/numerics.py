@@ -218,7 +218,7 @@ def error_plot(samples: list[Sample], name: str, what: str) -> Plot:
 
 @case("How exact are the recovered input and the gradients of a deep reversible chain?", seconds=(90, 600))
 def run(context: Context) -> Result:
-    result = Result(notes=[*NOTES])
+    result = context.new_result(notes=[*NOTES])
     values, depths, seeds = ((0.45, 0.5), (4, 11, 16, 32), SEEDS[:1]) if context.quick else (VALUES_OF_V, DEPTHS, SEEDS)
     with warnings.catch_warnings(), use("reference"):
         warnings.filterwarnings("ignore", "check_inverse", RuntimeWarning)

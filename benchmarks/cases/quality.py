@@ -41,7 +41,7 @@ QUESTION = "How good are reconstructions by the published protocol, and what doe
 
 @case(QUESTION, seconds=(90, 1200), quick=("cuda",))
 def run(context: Context) -> Result:
-    result = Result()
+    result = context.new_result()
     weights = os.environ.get("IDM_BENCH_WEIGHTS")
     model = load_weights(weights).to(context.device)
     block_size = model.config["block_size"] or BLOCK_SIZE

@@ -25,7 +25,7 @@ MIB = 2**20
 
 @case("What do reversible layers save and cost, and which of them train correctly?", seconds=(300, 900))
 def run(context: Context) -> Result:
-    result = Result()
+    result = context.new_result()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result.attempt("the libraries", lambda: install(folder))

@@ -56,7 +56,7 @@ QUESTION = "How do time and memory grow with image size and T, and what do two p
 @case(QUESTION, seconds=(180, 1800), quick=("cuda",))
 def scaling(context: Context) -> Result:
     """Full width at batch 1 on a GPU; on a CPU a narrow network."""
-    result, full, choice = Result(), not context.quick, ours_on(context.device)
+    result, full, choice = context.new_result(), not context.quick, ours_on(context.device)
     base, autocast = (Setting(3, 1, 256), torch.bfloat16) if context.device == "cuda" else (Setting(1, 1, 64, SMALL), None)
     sizes, steps = AXES[context.device, context.quick]
     seconds = 60.0 if full else 4.0

@@ -69,7 +69,7 @@ class Run:
 @case("How long does a training step take, and how much work is it?", seconds=(240, 2400))
 def training_step(context: Context) -> Result:
     """On a GPU full width at 256²; on a CPU a narrow network, and full width at 32²."""
-    result, full = Result(), not context.quick
+    result, full = context.new_result(), not context.quick
     if context.quick:
         result.notes.append("torch.compile, the planner and, on a CPU, the full width take minutes: they are in the full run.")
     with counters() as submit:

@@ -17,7 +17,7 @@ namespace idm::cpu::IDM_ISA {
 
 namespace {
 
-constexpr int64_t STRIP = 4096;  // elements, at most
+constexpr int64_t STRIP = 8192;  // elements, at most: the shorter, the oftener one begins, with nothing of it in the cache
 
 // Vectors over which sums run before they go on in double.
 constexpr int64_t RUN = 16;

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from benchmarks import __main__ as suite
 from benchmarks import report
 from benchmarks.__main__ import _run_here
 from benchmarks.case import Case, Context, Measurement, Plot, Result, Table, WrongResult, load_cases
@@ -114,10 +116,54 @@ def test_a_case_that_raises_leaves_a_file_that_says_so(tmp_path: Path, capsys: p
     def run(context: Context) -> Result:
         raise ZeroDivisionError("by nothing")
 
-    assert _run_here(Case("memory", "Why?", run, ("cpu",), (1, 1)), CONTEXT, tmp_path) == 1
+    assert _run_here(Case("memory", "Why?", run, ("cpu",), (1, 1)), Context("cpu", True), tmp_path) == 1
     data = json.loads((tmp_path / "memory.json").read_text())
     assert data["result"]["failures"] == ["ZeroDivisionError: by nothing"]
     assert {"device_name", "torch", "commit", "threads"} <= data["machine"].keys()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_was_measured_stands_when_the_time_is_over(ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "GRACE", 0)
+    file, seen = tmp_path / "memory.json", []
+
+    def run(context: Context) -> Result:
+        result = context.new_result()
+        result.count("peak", "bytes", 7)
+        until = time.monotonic() + 60
+        while not ends and not file.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        seen.append(file.exists() and json.loads(file.read_text())["result"])
+        return result
+
+    assert _run_here(Case("memory", "Why?", run, ("cpu",), (1, 1)), Context("cpu", True, 60 if ends else 0.2), tmp_path) == 0
+    assert json.loads(file.read_text())["result"]["failures"] == []
+    if ends:
+        assert seen == [False]
+    else:
+        assert seen[0]["measurements"][0]["samples"] == [7] and seen[0]["failures"][0].startswith("stopped after 0 s")
+
+
+def test_a_case_that_raises_keeps_what_it_had(tmp_path: Path) -> None:
+    def run(context: Context) -> Result:
+        context.new_result().count("peak", "bytes", 7)
+        raise ZeroDivisionError("by nothing")
+
+    assert _run_here(Case("memory", "Why?", run, ("cpu",), (1, 1)), Context("cpu", True), tmp_path) == 1
+    result = json.loads((tmp_path / "memory.json").read_text())["result"]
+    assert result["measurements"][0]["samples"] == [7] and result["failures"] == ["ZeroDivisionError: by nothing"]
+
+
+def test_long_lists_of_bars_and_narrow_logarithmic_axes_are_drawn(tmp_path: Path) -> None:
+    bars = {f"way {k}": [("a network", 1.0 + k)] for k in range(15)}
+    lines = {"a": [(1, 0.3), (2, 0.5), (5, 0.9)]}
+    plots = [Plot("Bars", "", "s", bars, "way 0", bars=True), Plot("Lines", "T", "s", lines, log_y=True)]
+    sizes = []
+    for k, plot in enumerate(plots):
+        report.draw(plot, tmp_path / f"{k}.png")
+        with Image.open(tmp_path / f"{k}.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[0][1] > 15 * 25
 
 
 def test_contenders_take_turns() -> None:
