@@ -16,6 +16,7 @@ FILES = {
     "elementwise": ["test_couple.py", "test_fixed_point_kernels.py", "test_geglu.py", "test_inject.py"],
     "sums": ["test_group_norm_silu.py", "test_layer_norm.py", "test_project.py"],
     "the whole model": ["test_whole_model.py"],
+    "the whole model, compiled": ["test_compiled_model.py"],
 }
 
 

@@ -36,15 +36,17 @@ def step(
     dtype: torch.dtype = torch.float32,
     schedule: str = "store",
     autocast: torch.dtype | None = None,
+    compiler: str | None = None,
 ) -> dict[str, Tensor]:
-    """Output, loss and gradients by name of a training step on an 8×16 image, in float64."""
+    """Output, loss and gradients by name of a training step on an 8×16 image, in float64; compiled as a whole by `compiler`."""
     model = network(steps).to(device, dtype)
     model.schedule = schedule
+    forward = torch.compile(model, backend=compiler, fullgraph=True) if compiler else model
     physics = BlockCompressedSensing((8, 16), 0.25, block_size=8).to(device, dtype)
     x = torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     with ops.use(implementation):
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
-            out = model(physics.A(x), physics)
+            out = forward(physics.A(x), physics)
         loss = (out - x).abs().mean()
         loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

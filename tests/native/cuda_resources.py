@@ -1,29 +1,39 @@
-"""What each CUDA kernel of csrc/cuda takes of a multiprocessor, from nvcc, without a GPU.
+"""What each CUDA kernel of the built extension takes of a multiprocessor, without a GPU.
 
     python tests/native/cuda_resources.py            compare with csrc/cuda/resources.csv
     python tests/native/cuda_resources.py --write    write it
+
+Read from idm_fast/_cuda.so, so from the machine code that a GPU gets: build it first, for the architectures of the record.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent.parent / "csrc" / "cuda"
-RECORD = SOURCES / "resources.csv"
+import triton
+
+import idm_fast
+
+RECORD = Path(__file__).parent.parent.parent / "csrc" / "cuda" / "resources.csv"
+LIBRARY = Path(idm_fast.__file__).parent / "_cuda.so"
 ARCHITECTURES = (80, 90, 100)
+RESERVED = 1024
+"""Bytes of shared memory that a block with any takes for the system on sm_90 and later."""
 
 
 @dataclass(frozen=True, order=True)
 class Resources:
-    """One kernel on one architecture: registers a thread, bytes spilled or on the stack a thread, shared memory a block."""
+    """One kernel on one architecture: registers a thread, bytes of a thread in local memory, shared memory a block.
+
+    Local memory holds what is spilled, and arrays on the stack.
+    """
 
     source: str
     kernel: str
@@ -34,54 +44,57 @@ class Resources:
 
 
 def compiler() -> str:
-    """The version of nvcc, which decides all figures."""
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V([\d.]+)", version)
-    return f"nvcc {found.group(1) if found else version}"
+    """The version of the nvcc that the extension was built with, which decides all figures."""
+    built = json.loads(LIBRARY.with_name("_build.json").read_text())
+    found = re.search(r"V([\d.]+)", built["nvcc"])
+    return f"nvcc {found.group(1) if found else built['nvcc']}"
 
 
-def compiled(source: Path) -> list[Resources]:
-    """The kernels of one file on every architecture."""
-    flags = [flag for arch in ARCHITECTURES for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    with tempfile.TemporaryDirectory() as folder:
-        # The GPU's half alone: what the host runs takes none of these.
-        options = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-fatbin", "-o", f"{folder}/kernels.fatbin"]
-        command = ["nvcc", *options, *flags, str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{source.name}: {done.stderr}")
-    return [_resources(source.name, entry) for entry in done.stderr.split("Compiling entry function '")[1:]]
+def missing() -> str | None:
+    """Why nothing can be measured here, or None."""
+    if not LIBRARY.is_file():
+        return "the CUDA extension is not built; idm-fast doctor says why"
+    built = set(json.loads(LIBRARY.with_name("_build.json").read_text())["architectures"])
+    lacks = [arch for arch in (f"{arch // 10}.{arch % 10}" for arch in ARCHITECTURES) if not built & {arch, f"{arch}+PTX"}]
+    return f"the CUDA extension is built for {', '.join(sorted(built))} alone" if lacks else None
 
 
-def _resources(source: str, entry: str) -> Resources:
-    figures = [re.search(pattern, entry) for pattern in (r"for 'sm_(\d+)", r"Used (\d+) registers", r"(\d+) bytes smem")]
-    arch, registers, shared = (int(found.group(1)) if found else 0 for found in figures)
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", entry))
-    return Resources(source, _name(entry.partition("'")[0]), arch, registers, spilled, shared)
+def measure() -> list[Resources]:
+    """Every kernel on every one of ARCHITECTURES."""
+    cuobjdump = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
+    command = [cuobjdump, "--dump-resource-usage", str(LIBRARY)]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # One ELF for each source and architecture.
+    rows = [row for elf in dump.split("Fatbin elf code:") for row in _of_elf(elf)]
+    return sorted(row for row in rows if row.arch in ARCHITECTURES)
 
 
-def _name(mangled: str) -> str:
-    """The kernel and the types it is compiled for; the arguments of its function follow from them."""
-    plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"\(anonymous namespace\)::|idm::cuda::|idm::|^void ", "", plain)
-    return _template(plain)
+def _of_elf(listing: str) -> list[Resources]:
+    found = re.findall(r"^ Function (\w+):\n\s*(.*)$", listing, re.MULTILINE)
+    if not found:
+        return []
+    arch = int(re.search(r"arch = sm_(\d+)", listing).group(1))
+    # nvcc names a file's anonymous namespace after the file.
+    (source,) = set(re.findall(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", listing))
+    mangled = "\n".join(name for name, _ in found)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = []
+    for name, (_, line) in zip(names, found, strict=True):
+        figures = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        shared = figures["SHARED"] - (RESERVED if arch >= 90 and figures["SHARED"] else 0)
+        rows.append(Resources(f"{source}.cu", _name(name), arch, figures["REG"], figures["STACK"] + figures["LOCAL"], shared))
+    return rows
 
 
-def _template(plain: str) -> str:
-    """`kernel<…>` of `kernel<…>(…)`."""
+def _name(plain: str) -> str:
+    """`kernel<types>` of a function; its arguments follow from the types."""
+    plain = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+?::|idm::cuda::|idm::|^void ", "", plain)
     depth = 0
     for place, letter in enumerate(plain):
         depth += (letter == "<") - (letter == ">")
         if letter == ">" and depth == 0:
             return plain[: place + 1]
     return plain
-
-
-def measure() -> list[Resources]:
-    """Compile everything, for every architecture."""
-    with ThreadPoolExecutor(2) as pool:
-        largest_first = sorted(SOURCES.glob("*.cu"), key=lambda source: -source.stat().st_size)
-        return sorted(row for rows in pool.map(compiled, largest_first) for row in rows)
 
 
 def write(rows: list[Resources]) -> None:
@@ -99,8 +112,8 @@ def read() -> tuple[str, list[Resources]]:
 
 
 def main() -> None:
-    if not shutil.which("nvcc"):
-        sys.exit("nvcc is not on the path")
+    if reason := missing():
+        sys.exit(reason)
     rows = measure()
     if "--write" in sys.argv[1:]:
         return write(rows)
