@@ -84,6 +84,7 @@ class Record:
     compiler: str | None = None
     nvcc: str | None = None
     architectures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     sanitize: str | None = None
     seconds: float = 0.0
 
@@ -92,6 +93,8 @@ class Record:
         built = [name for name, made in (("C++ (CPU) extension", self.cpu), ("CUDA extension", self.cuda)) if made]
         lines = [f"idm-fast: built {' and '.join(built) or 'no native extension'} ({self.mode})"]
         lines += [f"idm-fast: no {name} extension: {reason}" for name, reason in self.why_not.items()]
+        if self.left_out:
+            lines.append(f"idm-fast: no CUDA kernels for {', '.join(self.left_out)}: they need compute capability 8.0 or later")
         return lines
 
     def write(self, package: Path) -> None:
@@ -214,12 +217,20 @@ def architectures_for(nvcc: str) -> list[str]:
     """As TORCH_CUDA_ARCH_LIST has them ("8.0", "9.0+PTX"), or the default as far as this nvcc knows them."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
-        return [arch for arch in re.split(r"[;,\s]+", given) if arch]
+        chosen = [arch for arch in re.split(r"[;,\s]+", given) if arch]
+        if all(map(too_old, chosen)):
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST={given}: the kernels need compute capability 8.0 or later")
+        return chosen
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     supported = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known.split()]
     if not supported:
         raise CannotBuild(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
     return [*supported[:-1], supported[-1] + "+PTX"]
+
+
+def too_old(architecture: str) -> bool:
+    """Whether these GPUs lack bfloat16 and TF32: "7.5", say, which images of containers name beside later ones."""
+    return re.match(r"[1-7]\.", architecture) is not None
 
 
 def architecture_flags(architectures: list[str]) -> list[str]:
@@ -263,8 +274,10 @@ def decide(mode: str) -> tuple[Toolchain | None, Record]:
         if toolchain.sanitize:
             raise CannotBuild("IDM_FAST_SANITIZE is for the CPU extension")
         toolchain.nvcc = find_nvcc()
-        toolchain.architectures = architectures_for(toolchain.nvcc)
-        record.nvcc, record.architectures = version_of([toolchain.nvcc]), toolchain.architectures
+        chosen = architectures_for(toolchain.nvcc)
+        record.left_out = [arch for arch in chosen if too_old(arch)]
+        toolchain.architectures = record.architectures = [arch for arch in chosen if not too_old(arch)]
+        record.nvcc = version_of([toolchain.nvcc])
     except CannotBuild as reason:
         if mode == "cuda":
             raise CannotBuild(f"IDM_FAST_BUILD=cuda: {reason}") from None

@@ -11,16 +11,8 @@ namespace idm::cpu {
 
 namespace {
 
-// Whether x (B, C, …) lies densely with the channels innermost: NHWC and its kin.
-bool is_channels_last(const Tensor& x) {
-  if (x.dim() < 3 || x.is_contiguous() || (x.size(1) > 1 && x.stride(1) != 1)) return false;
-  int64_t expected = x.size(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) > 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.size(0) < 2 || x.stride(0) == expected;
-}
+// Whether x (B, C, …) lies densely with the channels innermost, NHWC and its kin, and not also as NCHW.
+bool is_channels_last(const Tensor& x) { return x.dim() > 2 && !x.is_contiguous() && channels_last(x); }
 
 // What a norm and its gradient read, checked and dense.
 struct Inputs {

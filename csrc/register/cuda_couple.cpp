@@ -47,7 +47,7 @@ Tensor couple(Tensor F, Tensor x2, Tensor v) {
   in.arguments.x2 = in.first.const_data_ptr();
   in.arguments.y1_out = y1.mutable_data_ptr();
   cuda::couple(in.arguments, device.stream);
-  return in_layout_of(x2, y1);
+  return laid_out_as(x2, y1);
 }
 
 Tensor decouple(Tensor y1, Tensor F, Tensor v) {
@@ -57,7 +57,7 @@ Tensor decouple(Tensor y1, Tensor F, Tensor v) {
   in.arguments.y1 = in.first.const_data_ptr();
   in.arguments.x2_out = x2.mutable_data_ptr();
   cuda::decouple(in.arguments, device.stream);
-  return in_layout_of(y1, x2);
+  return laid_out_as(y1, x2);
 }
 
 // What a gradient writes besides x2, with room for its partial sums.
@@ -76,7 +76,7 @@ struct Gradient {
   }
 
   std::tuple<Tensor, Tensor, Tensor> like(const Tensor& F, const Tensor& d1, const Tensor& v) const {
-    return {in_layout_of(F, dF), in_layout_of(d1, dx2), in_dtype(dv, v.scalar_type())};
+    return {laid_out_as(F, dF), laid_out_as(d1, dx2), in_dtype(dv, v.scalar_type())};
   }
 };
 
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> uncouple(Tensor y1, Tensor F, Tensor 
   Inputs in = prepare(F, "y1", y1, "d1", d1, v);
   Tensor x2 = torch::stable::empty_like(in.first);
   auto [dF, dx2, dv] = uncouple_into(in, x2, F, d1, v, device.stream);
-  return {in_layout_of(y1, x2), dF, dx2, dv};
+  return {laid_out_as(y1, x2), dF, dx2, dv};
 }
 
 std::tuple<Tensor, Tensor, Tensor> uncouple_in_place(Tensor y1, Tensor F, Tensor d1, Tensor v) {

@@ -49,7 +49,7 @@ Tensor geglu_backward(Tensor dout, Tensor h) {
   a.dout = dense_dout.const_data_ptr();
   a.dh = dh.mutable_data_ptr();
   cuda::geglu_backward(a, device.stream);
-  return in_layout_of(h, dh);
+  return laid_out_as(h, dh);
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
   a.rstd = rstd.mutable_data_ptr();
   a.partial = partial.mutable_data_ptr();
   cuda::group_norm_silu(a, device.stream);
-  return {in_layout_of(x, in_dtype(out, dtype)), mean, rstd};
+  return {laid_out_as(x, in_dtype(out, dtype)), mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean,
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dout, Tensor 
     check(statistic->scalar_type() == scalar_type_of(sums), name, " must be float64 for float64 x, else float32");
   }
   set_norm_dtypes(in, dtype_of("dout", dout));
-  const Tensor dout_read = in_layout_of(in.x, in_dtype(dout, scalar_type_of(a.out_dtype)));
+  const Tensor dout_read = laid_out_as(in.x, in_dtype(dout, scalar_type_of(a.out_dtype)));
   const Tensor mean_read = dense(mean), rstd_read = dense(rstd);
   Tensor dx = torch::stable::empty_like(in.x), dweight = torch::stable::empty_like(in.weight);
   Tensor dbias = torch::stable::empty_like(in.bias), partial = workspace(x, cuda::norm_partials(a), sums);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor dout, Tensor 
   a.sums = static_cast<double*>(channel_sums.mutable_data_ptr());
   a.per_group = per_group.mutable_data_ptr();
   cuda::group_norm_silu_backward(a, device.stream);
-  return {in_layout_of(x, in_dtype(dx, x.scalar_type())), in_dtype(dweight, weight.scalar_type()),
+  return {laid_out_as(x, in_dtype(dx, x.scalar_type())), in_dtype(dweight, weight.scalar_type()),
           in_dtype(dbias, bias.scalar_type())};
 }
 

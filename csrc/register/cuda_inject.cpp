@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Ten
     check_beside("through", *through, "h", h);
     check_same_shape("h", h, "through", *through);
     check_same_dtype("h", h, "through", *through);
-    through_read = in_layout_of(in.h, *through);
+    through_read = laid_out_as(in.h, *through);
     in.arguments.through = through_read.const_data_ptr();
   }
   Tensor dh = torch::stable::empty_like(in.h);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> inject_read_backward(Tensor dz, Tensor h, Ten
   in.arguments.z = dz_read.const_data_ptr();
   in.arguments.out = dh.mutable_data_ptr();
   cuda::inject_read_backward(in.arguments, device.stream);
-  return {in_layout_of(h, dh), in_dtype(gradients.dweight, weight.scalar_type()), in_dtype(gradients.dbias, weight.scalar_type())};
+  return {laid_out_as(h, dh), in_dtype(gradients.dweight, weight.scalar_type()), in_dtype(gradients.dbias, weight.scalar_type())};
 }
 
 Tensor inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, int64_t r) {
@@ -122,7 +122,7 @@ Tensor inject_write(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Te
   in.arguments.bias = bias_read.const_data_ptr();
   in.arguments.out = out.mutable_data_ptr();
   cuda::inject_write(in.arguments, device.stream);
-  return in_layout_of(h, out);
+  return laid_out_as(h, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_write_backward(Tensor dout, Tensor z, Tensor gz, Tensor aty,
@@ -167,8 +167,8 @@ struct CoupledInputs {
     v = one_number("v", v, a.stream_dtype);
     copied = !stream.is_contiguous() && !channels_last(stream);
     if (copied) stream = torch::stable::contiguous(stream);
-    d1 = in_layout_of(stream, d1);
-    in.h = in_layout_of(stream, in.h);
+    d1 = laid_out_as(stream, d1);
+    in.h = laid_out_as(stream, in.h);
     a.last = !stream.is_contiguous();
     a.h = in.h.const_data_ptr();
     a.stream = stream.const_data_ptr();
@@ -205,8 +205,8 @@ Coupled coupled_gradients(CoupledInputs& coupled, void (*launch)(const cuda::Inj
   in.arguments.dv = dv.mutable_data_ptr();
   if (x2 != nullptr) in.arguments.stream_out = x2->mutable_data_ptr();
   launch(in.arguments, stream);
-  return {in_layout_of(h, dh), dz, dgz, daty, in_dtype(gradients.dweight, weight.scalar_type()),
-          in_dtype(gradients.dbias, bias.scalar_type()), in_layout_of(d1, dx2), in_dtype(dv, v.scalar_type())};
+  return {laid_out_as(h, dh), dz, dgz, daty, in_dtype(gradients.dweight, weight.scalar_type()),
+          in_dtype(gradients.dbias, bias.scalar_type()), laid_out_as(d1, dx2), in_dtype(dv, v.scalar_type())};
 }
 
 Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2, Tensor v, int64_t r) {
@@ -215,7 +215,7 @@ Tensor inject_couple(Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, T
   Tensor y1 = torch::stable::empty_like(coupled.stream);
   coupled.in.arguments.stream_out = y1.mutable_data_ptr();
   cuda::inject_couple(coupled.in.arguments, device.stream);
-  return in_layout_of(x2, y1);
+  return laid_out_as(x2, y1);
 }
 
 Coupled inject_couple_backward(Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias, Tensor x2,
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   CoupledInputs coupled(h, "y1", y1, d1, z, gz, aty, weight, bias, v, r);
   Tensor x2 = torch::stable::empty_like(coupled.stream);
   Coupled gradients = coupled_gradients(coupled, cuda::inject_uncouple, &x2, h, d1, weight, bias, v, device.stream);
-  return std::tuple_cat(std::tuple<Tensor>(in_layout_of(y1, x2)), std::move(gradients));
+  return std::tuple_cat(std::tuple<Tensor>(laid_out_as(y1, x2)), std::move(gradients));
 }
 
 Coupled inject_uncouple_in_place(Tensor y1, Tensor d1, Tensor h, Tensor z, Tensor gz, Tensor aty, Tensor weight, Tensor bias,

@@ -2,9 +2,6 @@
 // same ops are registered for CPU tensors, as a library of their own.
 #pragma once
 
-#include <array>
-#include <optional>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,8 +17,11 @@
 
 namespace idm::cuda_ops {
 
+using cpu::channels_last;
 using cpu::dense;
+using cpu::empty_like;
 using cpu::in_dtype;
+using cpu::laid_out_as;
 
 inline void check_cuda(const char* name, const Tensor& x) {
 #if defined(IDM_EMULATED)
@@ -55,7 +55,7 @@ class OnDevice {
   OnDevice(const char* name, const Tensor& x) { checked_index(name, x); }
 #else
   OnDevice(const char* name, const Tensor& x) : guard_(checked_index(name, x)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
 #endif
 };
@@ -89,36 +89,6 @@ inline Tensor one_number(const char* name, const Tensor& x, Dtype dtype) {
   check(x.numel() == 1, name, " is ", shape_of(x), ", expected one element");
   dtype_of(name, x);
   return in_dtype(x, scalar_type_of(dtype));
-}
-
-inline Tensor empty_like(const Tensor& model, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(model),        from(std::optional(dtype)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// `x` in the layout that empty_like gives a tensor like `model`: itself, or a copy.
-inline Tensor in_layout_of(const Tensor& model, const Tensor& x) {
-  Tensor like = empty_like(model, x.scalar_type());
-  for (int64_t d = 0; d < model.dim(); ++d)
-    if (model.size(d) > 1 && like.stride(d) != x.stride(d)) return torch::stable::copy_(like, x);
-  return x;
-}
-
-// Whether x lies densely with its channels last.
-inline bool channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  bool holds = true;
-  const auto next = [&](int64_t d) {
-    holds = holds && (x.size(d) == 1 || x.stride(d) == expected);
-    expected *= x.size(d);
-  };
-  next(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
-  next(0);
-  return holds;
 }
 
 // `x` as the kernels walk it: as it lies, NCHW or NHWC, or as a contiguous copy.

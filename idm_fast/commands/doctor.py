@@ -96,7 +96,9 @@ def _native() -> Iterable[str]:
         yield f"built         {' and '.join(built) or 'nothing'} (IDM_FAST_BUILD={record['mode']}, {record['seconds']:.0f} s)"
         yield f"with          torch {record['torch']}, {record['compiler']}" if record["cpu"] else "with          nothing"
         if record["cuda"]:
-            yield f"              {record['nvcc']}, for {', '.join(record['architectures'])}"
+            left_out = record.get("left_out")
+            without = f"; not for {', '.join(left_out)}: they need compute capability 8.0 or later" if left_out else ""
+            yield f"              {record['nvcc']}, for {', '.join(record['architectures'])}{without}"
     reason = native.load_cpu()
     yield f"C++           {reason or f'in use, {native.instruction_set()} kernels'}"
     yield f"CUDA          {native.load_cuda() or 'loaded'}"

@@ -43,11 +43,30 @@ def load_cuda() -> str | None:
         return load_cpu() or _why_not("CUDA", None)
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU here"
+    if reason := _not_built_for((build_record() or {}).get("architectures", [])):
+        return reason
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} does not load: {error}; {REINSTALL}"
     _add("cuda", "CUDA")
+    return None
+
+
+def _not_built_for(architectures: list[str]) -> str | None:
+    """None if a library for `architectures` ("8.0", "12.0+PTX") runs on every GPU here; else why not.
+
+    Machine code serves later GPUs of the same major number, PTX all later ones.
+    """
+    built = [(tuple(map(int, re.findall(r"\d+", arch))), "+PTX" in arch) for arch in architectures]
+    for index in range(torch.cuda.device_count()):
+        here = torch.cuda.get_device_capability(index)
+        if not any(arch <= here and (ptx or arch[0] == here[0]) for arch, ptx in built):
+            wanted = "{}.{}".format(*here)
+            return (
+                f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability {wanted}, and the CUDA kernels were "
+                f"built for {', '.join(architectures)}; with TORCH_CUDA_ARCH_LIST={wanted} in the environment, {REINSTALL}"
+            )
     return None
 
 

@@ -13,6 +13,8 @@ from idm_fast.ops import registry
 
 __all__ = ["exact_convolutions"]
 
+pytestmark = pytest.mark.usefixtures("exact_convolutions")
+
 WITH_GRADIENT = {"group_norm_silu", "layer_norm", "geglu", "inject_read", "inject_write", "project_step"}
 IN_A_GRAPH = {"couple", "uncouple", "gram"} | WITH_GRADIENT | {f"{name}_backward" for name in WITH_GRADIENT}
 """Ops that a compiled network with schedule "flat" calls; nothing there works in place."""

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from idm_fast import IDM, BlockCompressedSensing, ops
 
+pytestmark = pytest.mark.usefixtures("exact_convolutions")
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def exact_convolutions(poisoned_outputs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in float32 are that, not TF32; and an operator that PyTorch has in no deterministic form may run."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from idm_fast.ops import native
 
@@ -150,6 +151,47 @@ def test_given_architectures_become_flags(build: ModuleType, monkeypatch: pytest
         "-gencode", "arch=compute_90a,code=[sm_90a]",
         "-gencode", "arch=compute_120,code=[sm_120,compute_120]",
     ]
+
+
+def test_gpus_without_tensor_cores_for_bfloat16_are_left_out_and_said_to_be(
+    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5 8.0 9.0+PTX")
+    toolchain, record = build.decide("cuda")
+    assert toolchain.architectures == record.architectures == ["8.0", "9.0+PTX"]
+    assert "idm-fast: no CUDA kernels for 7.0, 7.5: they need compute capability 8.0 or later" in record.lines()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    with pytest.raises(build.CannotBuild, match="TORCH_CUDA_ARCH_LIST=7.5: the kernels need compute capability 8.0"):
+        build.decide("cuda")
+
+
+def test_registration_keeps_to_the_names_of_torch_2_10() -> None:
+    sources = [*(Path(native.PACKAGE).parent / "csrc" / "register").glob("*.*")]
+    assert len(sources) > 10
+    # Since 2.13; TORCH_ERROR_CODE_CHECK is the same.
+    assert not [source.name for source in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in source.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "serves"),
+    [
+        ((9, 0), ["8.0", "9.0"], True),
+        ((8, 6), ["8.0"], True),
+        ((10, 3), ["9.0", "10.0"], True),
+        ((11, 0), ["10.0", "12.0+PTX"], False),
+        ((11, 0), ["10.0+PTX"], True),
+        ((7, 5), ["8.0+PTX"], False),
+        ((8, 0), ["8.6"], False),
+    ],
+)
+def test_a_gpu_that_the_build_does_not_serve_is_named(
+    capability: tuple[int, int], architectures: list[str], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    reason = native._not_built_for(architectures)
+    assert reason is None if serves else "TORCH_CUDA_ARCH_LIST={}.{} in".format(*capability) in reason
 
 
 def test_free_memory_is_the_least_of_the_kernels_and_the_containers(build: ModuleType, tmp_path: Path) -> None:
