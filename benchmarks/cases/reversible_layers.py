@@ -67,6 +67,8 @@ def install(folder: Path) -> None:
 def child(folder: Path, *arguments: str) -> Any:
     """What `python -m benchmarks.peers` prints, with the folder's packages; RuntimeError with its last words."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(folder)]))
+    if arguments[0] == "behaviours":  # several at a time: threads of one would wait for cores that another holds
+        environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
