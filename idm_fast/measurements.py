@@ -138,20 +138,21 @@ class Measurements:
 
 
 def sense(
-    image: Tensor, ratio: float, block_size: int = 32, seed: int = 2025
+    image: Tensor, ratio: float, block_size: int = 32, seed: int = 2025, device: torch.device | str = "cpu"
 ) -> tuple[Measurements, BlockCompressedSensing]:
     """Senses an image of any size: zero-pads it to the block size and measures every channel with the same operator.
 
-    image: (C, H, W) in [0, 1], C = 1 or 3. Returns the measurements and the operator (both on the CPU).
+    image: (C, H, W) in [0, 1], C = 1 or 3; device: where it is measured. Returns the measurements (on the CPU) and the
+    operator (on the device).
     Raises InputError if a side is under one block.
     """
     size = (image.shape[-2], image.shape[-1])
     require_one_block(size, block_size)
     padded = pad_to_block(image.float(), block_size)
     padded_size = (padded.shape[-2], padded.shape[-1])
-    physics = BlockCompressedSensing(padded_size, ratio, block_size, seed)
+    physics = BlockCompressedSensing(padded_size, ratio, block_size, seed).to(device)
     with torch.no_grad():
-        y = physics.A(padded[:, None])
+        y = physics.A(padded[:, None].to(device)).cpu()
     channels = "rgb" if image.shape[0] == 3 else "y"
     return Measurements(y, size, padded_size, channels, ratio, block_size, seed), physics
 

@@ -16,9 +16,11 @@ from PIL import Image
 
 from idm_fast import pretrained
 from idm_fast.cli import main
+from idm_fast.commands import network
 from idm_fast.images import read_image, read_luma
 from idm_fast.measurements import Measurements
 from idm_fast.models.idm import IDM
+from idm_fast.ops import registry
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,17 @@ def test_any_ratio_overrides_what_the_weights_were_trained_for(capsys, weights, 
 )
 def test_bad_flags(capsys, weights, photo, out, flags, message):
     refused(capsys, out, message, "reconstruct", photo, "--weights", weights, *flags)
+
+
+def test_an_implementation_for_another_device_is_refused_before_any_work(capsys, weights, photo, out, monkeypatch):
+    monkeypatch.setattr(network, "choose_device", lambda name: "cuda")
+    before = registry.current_choice()
+    if reason := registry.load("cpu"):
+        pytest.skip(reason)
+    try:
+        refused(capsys, out, "no kernels for device cuda", "reconstruct", photo, "--weights", weights, "--impl", "cpu")
+    finally:
+        registry.use(before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

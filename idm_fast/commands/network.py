@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from idm_fast.models.idm import IDM
-from idm_fast.ops.registry import use
+from idm_fast.ops.registry import OPS, use
 from idm_fast.outputs import InputError
 from idm_fast.pretrained import load_weights
 
@@ -23,6 +23,8 @@ def open_network(arguments: argparse.Namespace) -> tuple[IDM, torch.device]:
             use(arguments.impl)
         except RuntimeError as error:
             raise InputError(f"--impl {arguments.impl}: {error}") from error
+        if not any(op.serves(arguments.impl, device.type) for op in OPS.values() if arguments.impl in op.implementations):
+            raise InputError(f"--impl {arguments.impl}: it has no kernels for device {device.type}; choose another of either")
     model = load_weights(arguments.weights, arguments.step_number)
     cast(torch.nn.Module, model).to(device)  # diffusers types its own `to` wrongly
     return model, device

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     width = max(len(source.path.name) for source in sources)
     for source in tqdm(sources, desc="reconstruct", unit="image", disable=None, leave=False):
-        original, measurements, operator = _measure(source, sensing)
+        original, measurements, operator = _measure(source, sensing, device)
         with torch.no_grad():
             physics, y = operator.to(device), measurements.y.to(device)
             adjoint = to_image(physics.A_adjoint(y), measurements.image_size).cpu()
@@ -142,14 +142,16 @@ def _refuse_to_overwrite(sources: list[Source], folder: Path) -> None:
                 raise InputError(f"the result {target} would overwrite an input; choose another --output_dir")
 
 
-def _measure(source: Source, sensing: Sensing | None) -> tuple[Tensor | None, Measurements, BlockCompressedSensing]:
+def _measure(
+    source: Source, sensing: Sensing | None, device: torch.device
+) -> tuple[Tensor | None, Measurements, BlockCompressedSensing]:
     """The true image where it is known, its measurements, and the operator."""
     if source.measured:
         measurements = Measurements.load(source.path)
         return None, measurements, measurements.physics()
     assert sensing is not None
     original = read_image(source.path, sensing.channels)
-    return original, *sense(original, sensing.ratio, sensing.block_size, sensing.seed)
+    return original, *sense(original, sensing.ratio, sensing.block_size, sensing.seed, device)
 
 
 def _summary(measurements: Measurements, adjoint: Tensor, image: Tensor, original: Tensor | None) -> str:

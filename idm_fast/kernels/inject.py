@@ -14,6 +14,7 @@ The last makes `out` on the fly, forward and backward, and recovers x2 from y1 o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -361,6 +362,8 @@ def _couple_backward(
     With `in_place`, x2 is written over `stream`, or over a copy of it where it does not lie densely.
     """
     cut = tiling(stream, r, "inject_couple_backward")
+    # Threads beyond a tile's elements repeat some of them, and would read what was written over them by then.
+    in_place = in_place and math.prod(cut.sides.values()) >= 32 * cut.plan.options["num_warps"]
     dx2 = torch.empty_like(stream.flatten(2))
     flat = laid_out(stream.flatten(2), dx2)
     x2 = flat if in_place else torch.empty_like(dx2) if invert else dx2

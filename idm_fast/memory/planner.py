@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations_with_replacement
@@ -118,6 +118,7 @@ class Planner:
         ratio: of the sensing.
         autocast: dtype, or None.
         on_count: called after each count, for a progress bar; `counts` says how many there will be at least.
+        as_reference: the ops that run as plain PyTorch, operation by operation; the others are a launch each.
     """
 
     counts = len(KINDS) + 2
@@ -130,8 +131,10 @@ class Planner:
         ratio: float = 0.1,
         autocast: torch.dtype | None = torch.bfloat16,
         on_count: Callable[[], object] = lambda: None,
+        as_reference: Collection[str] = (),
     ) -> None:
         self._make_model, self._autocast, self._on_count = make_model, autocast, on_count
+        self._as_reference = tuple(as_reference)
         self._batch, self._size, self._ratio = batch, size, ratio
         self._costs: tuple[list[StepCost], int] | None = None
 
@@ -143,7 +146,7 @@ class Planner:
             model.plan = schedule
             return model
 
-        count = count_training_step(make, self._batch, self._size, self._ratio, self._autocast)
+        count = count_training_step(make, self._batch, self._size, self._ratio, self._autocast, self._as_reference)
         self._on_count()
         return count
 
@@ -223,7 +226,13 @@ class Planner:
         return unit * _largest(need, power, budget)
 
     def _with(self, batch: int | None = None, size: int | None = None) -> Planner:
-        of = partial(Planner, ratio=self._ratio, autocast=self._autocast, on_count=self._on_count)
+        of = partial(
+            Planner,
+            ratio=self._ratio,
+            autocast=self._autocast,
+            on_count=self._on_count,
+            as_reference=self._as_reference,
+        )
         return of(self._make_model, batch or self._batch, size or self._size)
 
 

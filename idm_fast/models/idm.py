@@ -20,6 +20,7 @@ from idm_fast.models import convert
 from idm_fast.models.layers import Conv2d, Linear
 from idm_fast.models.sampling import SamplingStep, step_runs
 from idm_fast.models.unet import UNet
+from idm_fast.ops.registry import OPS
 from idm_fast.reversible.backprop import Call, plain_chain
 from idm_fast.reversible.casts import cast_once
 from idm_fast.reversible.constant import Constant
@@ -230,14 +231,16 @@ class IDM(ModelMixin, ConfigMixin):
         device = aty.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         height, width = (-(-side // 32) * 32 for side in aty.shape[2:])  # what the planner counts is sensed in blocks of 32²
-        key = (aty.shape[0], height, width, autocast)
+        # Kernels allocate what they return; plain PyTorch holds more on its way there.
+        plain = tuple(name for name, op in OPS.items() if op.runs_reference(device))
+        key = (aty.shape[0], height, width, autocast, plain)
         if key not in self._planned:
             options = options_of(self)
 
             def make_model(steps: int) -> IDM:
                 return type(self)(**options | {"steps": steps})
 
-            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast)
+            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast, as_reference=plain)
             plan = planner.plan(len(self.v), budget)
             self._planned[key] = plan.schedule
             logging.getLogger(__name__).info("batch %d, %d×%d: %s; %s", *key[:3], plan.choice, plan.count)

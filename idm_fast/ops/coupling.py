@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from idm_fast.ops.arguments import check_dtype, check_floating, check_number, check_shape
+from idm_fast.ops.layout import laid_out_like
 from idm_fast.ops.registry import define_op, register_gradient
 
 
 def couple_reference(F: Tensor, x2: Tensor, v: Tensor) -> Tensor:
-    return torch.lerp(F.to(x2.dtype), x2, v.to(x2.dtype).reshape(()))
+    return laid_out_like(torch.lerp(F.to(x2.dtype), x2, v.to(x2.dtype).reshape(())), x2)
 
 
 def decouple_reference(y1: Tensor, F: Tensor, v: Tensor) -> Tensor:
     w = v.to(y1.dtype).reshape(())
-    return (F.to(y1.dtype) * (w - 1)).add_(y1).div_(w)
+    return laid_out_like((F.to(y1.dtype) * (w - 1)).add_(y1).div_(w), y1)
 
 
 def couple_backward_reference(d1: Tensor, F: Tensor, x2: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     w = v.to(d1.dtype).reshape(())
     dv = (x2 - F).mul_(d1).sum().to(v.dtype).reshape(v.shape)
-    return (d1 * (1 - w)).to(F.dtype), d1 * w, dv
+    return laid_out_like(d1 * (1 - w), F, F.dtype), laid_out_like(d1 * w, d1), dv
 
 
 def uncouple_reference(y1: Tensor, F: Tensor, d1: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

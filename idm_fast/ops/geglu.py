@@ -12,7 +12,7 @@ from idm_fast.ops.registry import define_op, register_gradient
 
 def geglu_reference(h: Tensor) -> Tensor:
     value, gate = h.chunk(2, dim=-1)
-    return F.gelu(gate).mul_(value)
+    return F.gelu(gate).mul_(value).contiguous()
 
 
 def geglu_backward_reference(dout: Tensor, h: Tensor) -> Tensor:

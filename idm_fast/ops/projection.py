@@ -8,8 +8,8 @@
 x.flatten()[permutation[k]]. Φ and the permutation are fixed: they get no gradient, and the public functions refuse one.
 
 Products of float32 are exact. On a GPU the plain-PyTorch reference and the CUDA kernels make them in TF32 instead while PyTorch
-is told to (`torch.set_float32_matmul_precision("high")`, or `torch.backends.cuda.matmul.fp32_precision = "tf32"`); Triton's
-kernels never do.
+is told to, by `torch.set_float32_matmul_precision("high")` (`torch.backends.cuda.matmul.fp32_precision`, set alone, keeps some
+versions of torch.compile from working); Triton's kernels never do.
 """
 
 from __future__ import annotations

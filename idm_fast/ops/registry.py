@@ -127,6 +127,12 @@ class Op:
                     log_missing(name, self.name)
         raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
 
+    def runs_reference(self, device_type: str) -> bool:
+        """Whether a call would run as plain PyTorch, or be refused."""
+        if _choice is not None:
+            return _choice == "reference"
+        return self.choose_by(None, device_type) == "reference"
+
     def serves(self, name: str, device_type: str) -> bool:
         devices = self.implementations[name][1]
         return devices is None or device_type in devices

@@ -74,10 +74,19 @@ def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: b
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     if tensors and being_compiled(tensors[0]):
         return function(*args, **kwargs)  # inside of a compiled chain, which runs all of it again
-    device = tensors[0].device if tensors else torch.device("cpu")
-    segment = Segment(function, function, args, kwargs, preserve_rng_state, device)
+    segment = Segment(function, function, args, kwargs, preserve_rng_state, _device_of(tensors))
     result = segment.run()
     return cast(Tensor, _Recompute.apply(segment, result))
+
+
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Whose random numbers and autocast a function of `tensors` depends on: the first accelerator's among theirs, with lengths
+    or an index on the CPU beside them. Without any it may reach other tensors, on the current accelerator where there is one.
+    """
+    accelerated = [t.device for t in tensors if t.device.type not in ("cpu", "meta")]
+    if accelerated or tensors:
+        return (accelerated or [tensors[0].device])[0]
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class _Recompute(torch.autograd.Function):

@@ -16,6 +16,8 @@ from idm_fast.memory import planner as planner_module
 from idm_fast.memory.count import GIB, StepCount, count_step, count_training_step
 from idm_fast.memory.planner import AGAIN, KINDS, LEANEST, Choice, Plan, Planner, compose, options_of, parse_bytes, written
 from idm_fast.memory.schedule import STORED_STEP
+from idm_fast.models import idm
+from idm_fast.ops import registry
 from idm_fast.outputs import InputError
 
 OPTIONS = {"widths": (16, 32), "heads": 2, "norm_groups": 4, "attention": (False, True)}
@@ -136,6 +138,26 @@ def test_model_with_a_budget_plans_once_in_training_and_draws_no_random_numbers(
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.plan == (STORED_STEP,)
     assert len([record for record in caplog.records if "stored" in record.getMessage()]) == 1
+
+
+def test_a_budget_is_planned_for_the_implementations_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch holds more than kernels, which allocate what they return."""
+    asked: list[tuple[str, ...]] = []
+
+    class Spy(Planner):
+        def __init__(self, *args: Any, as_reference: Any, **options: Any) -> None:
+            asked.append(as_reference)
+            super().__init__(*args, as_reference=as_reference, **options)
+
+    monkeypatch.setattr(idm, "Planner", Spy)
+    model, physics = IDM.tiny(1, memory_budget="1GiB"), BlockCompressedSensing((32, 32), 0.1)
+    for choice in (None, "reference"):
+        with registry.use(choice):
+            loss_of(model, torch.rand(1, 1, 32, 32), physics)
+    automatic = tuple(name for name, op in registry.OPS.items() if op.choose_by(None, "cpu") == "reference")
+    assert asked == [automatic, tuple(registry.OPS)]
+    kernels, plain = (Planner(narrow, BATCH, SIZE, autocast=None, as_reference=names) for names in ((), registry.OPS))
+    assert kernels.exactly(kernels.leanest(1)).peak_bytes < plain.exactly(plain.leanest(1)).peak_bytes
 
 
 def test_mixed_plan_gives_the_gradients_of_plain_autograd() -> None:

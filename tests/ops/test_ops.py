@@ -303,3 +303,24 @@ def test_ops_keep_their_precision_under_autocast() -> None:
 def test_wrong_arguments_are_refused_with_their_name(call: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(*operator(torch.float32))
+
+
+@pytest.mark.parametrize("stream", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("body", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["couple", "decouple", "couple_backward", "uncouple"])
+def test_references_lie_in_memory_as_compiled_code_expects(
+    name: str, body: torch.memory_format, stream: torch.memory_format
+) -> None:
+    """torch.compile goes by the fake kernel, whatever implementation runs."""
+    torch.manual_seed(0)
+    F, s, d = (torch.randn(2, 3, 4, 5).contiguous(memory_format=f) for f in (body, stream, stream))
+    v = torch.tensor([0.4])
+    given = {"couple": (F, s, v), "decouple": (s, F, v), "couple_backward": (d, F, s, v), "uncouple": (s, F, d, v)}[name]
+    with registry.use("reference"):
+        torch.library.opcheck(registry.OPS[name].overload, given, test_utils=("test_faketensor",))
+
+
+def test_geglu_of_transposed_tokens_lies_as_compiled_code_expects() -> None:
+    h = torch.randn(2, 8, 3).mT
+    with registry.use("reference"):
+        torch.library.opcheck(registry.OPS["geglu"].overload, (h,), test_utils=("test_faketensor",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from idm_fast import ops
 from idm_fast.memory.count import count_step
 from idm_fast.ops import registry
-from idm_fast.reversible import ReversibleSequence, kept, recompute
+from idm_fast.reversible import ReversibleSequence, kept, recompute, segment
 
 
 class Attending(nn.Module):
@@ -246,3 +248,20 @@ def test_wrong_starts_and_merges_are_refused(arguments: dict, message: str) -> N
         arguments["x2"] = x
     with pytest.raises(ValueError, match=message):
         attending(False)(x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(("cpu", "cuda:1"), "cuda:1"), (("cuda:0", "cuda:1"), "cuda:0"), (("cpu",), "cpu"), (("meta",), "meta")],
+)
+def test_random_numbers_and_autocast_are_the_accelerators(devices: tuple[str, ...], expected: str) -> None:
+    """An index or lengths on the CPU may come first."""
+    assert segment._device_of([SimpleNamespace(device=torch.device(d)) for d in devices]) == torch.device(expected)
+
+
+def test_a_function_of_no_tensor_may_reach_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert segment._device_of([]) == torch.device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert segment._device_of([]) == torch.device("cpu")
