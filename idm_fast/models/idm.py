@@ -50,7 +50,8 @@ class IDM(ModelMixin, ConfigMixin):
             autocast, and float64 outside, where inverting in float32 would add to the rounding of the network.
         memory_budget: bytes of activations that a training step may take, as "12GiB"; then the first training step of every
             batch, image size and autocast dtype plans the schedule with the fewest FLOP that fits (some seconds at full size)
-            and `schedule` and `keep` do not count; see `idm_fast.memory.planner`. None: no planning.
+            and `schedule` and `keep` do not count; see `idm_fast.memory.planner`. What is counted is what runs: ops without a
+            kernel in use on the device with all that plain PyTorch holds in them. None: no planning.
         trained_ratios, block_size, sensing_seed: what the weights were trained for, written by the trainer.
 
     Raises:
