@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -112,15 +113,19 @@ def test_fake_tensors_count_what_a_real_run_counts() -> None:
     assert (fake.peak_bytes, fake.held_bytes, fake.flop) == (real.peak_bytes, real.held_bytes, real.flop)
 
 
-@pytest.fixture(scope="module")
-def setting_s() -> dict[str, StepCount]:
-    """Schedule → its cost at batch 8, 256², T = 3, bfloat16 autocast."""
-    made = {"store": ("store", None), "two_level": ("two_level", None), "flat": ("flat", None)}
-    made["flat + attention"] = ("flat", ["attention"])
-    return {
-        name: count_training_step(lambda s=schedule, k=keep: IDM(schedule=s, keep=k), 8, 256)
-        for name, (schedule, keep) in made.items()
-    }
+SCHEDULES = {
+    "store": ("store", None),
+    "two_level": ("two_level", None),
+    "flat": ("flat", None),
+    "flat + attention": ("flat", ["attention"]),
+}
+
+
+@cache  # not a fixture, of which each worker of pytest-xdist would count all
+def setting_s(name: str) -> StepCount:
+    """The cost of one of SCHEDULES at batch 8, 256², T = 3, bfloat16 autocast."""
+    schedule, keep = SCHEDULES[name]
+    return count_training_step(lambda: IDM(schedule=schedule, keep=keep), 8, 256)
 
 
 @pytest.mark.slow
@@ -128,26 +133,22 @@ def setting_s() -> dict[str, StepCount]:
     ("schedule", "gib", "tflop", "launches"),
     [("two_level", 3.5, 450, 10_000), ("flat", 8.5, 365, 10_000), ("flat + attention", 10, 320, 5_000)],
 )
-def test_schedules_cost_at_most_what_design_says(
-    setting_s: dict[str, StepCount], schedule: str, gib: float, tflop: float, launches: int
-) -> None:
-    count = setting_s[schedule]
+def test_schedules_cost_at_most_what_design_says(schedule: str, gib: float, tflop: float, launches: int) -> None:
+    count = setting_s(schedule)
     assert count.peak_bytes <= gib * GIB
     assert count.flop <= tflop * 1e12
     assert count.launches <= launches
 
 
 @pytest.mark.slow
-def test_plain_autograd_on_the_ops_launches_less_than_half_of_what_the_published_network_launches(
-    setting_s: dict[str, StepCount],
-) -> None:
-    assert setting_s["store"].launches < 9359 / 2
+def test_plain_autograd_on_the_ops_launches_less_than_half_of_what_the_published_network_launches() -> None:
+    assert setting_s("store").launches < 9359 / 2
 
 
 @pytest.mark.slow
-def test_no_part_of_the_unet_is_walked_twice_in_backward(setting_s: dict[str, StepCount]) -> None:
+def test_no_part_of_the_unet_is_walked_twice_in_backward() -> None:
     """Every convolution and attention is differentiated once a step, and run at most twice, or thrice where steps are."""
-    calls = {schedule: Counter(count.calls) for schedule, count in setting_s.items()}
+    calls = {name: Counter(setting_s(name).calls) for name in SCHEDULES}
     for schedule, times in (("two_level", 3), ("flat", 2)):
         for name in ("aten.convolution_backward", f"{ATTENTION}_backward"):
             assert calls[schedule][name] == calls["store"][name] > 0
@@ -156,26 +157,26 @@ def test_no_part_of_the_unet_is_walked_twice_in_backward(setting_s: dict[str, St
 
 
 @pytest.mark.slow
-def test_kept_attention_runs_once_a_step(setting_s: dict[str, StepCount]) -> None:
-    assert setting_s["flat + attention"].calls[ATTENTION] == setting_s["store"].calls[ATTENTION]
-    assert setting_s["flat"].calls[ATTENTION] == 2 * setting_s["store"].calls[ATTENTION]
+def test_kept_attention_runs_once_a_step() -> None:
+    assert setting_s("flat + attention").calls[ATTENTION] == setting_s("store").calls[ATTENTION]
+    assert setting_s("flat").calls[ATTENTION] == 2 * setting_s("store").calls[ATTENTION]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["store", "flat"])
-def test_weights_are_cast_once_a_step(setting_s: dict[str, StepCount], schedule: str) -> None:
+def test_weights_are_cast_once_a_step(schedule: str) -> None:
     """Six parts of the network, forward and backward; what _to_copy is left casts features and gradients."""
-    assert setting_s[schedule].calls["aten._foreach_copy_"] == 12
+    assert setting_s(schedule).calls["aten._foreach_copy_"] == 12
 
 
 @pytest.mark.slow
-def test_plain_autograd_spends_the_277_tflop_of_the_published_network(setting_s: dict[str, StepCount]) -> None:
-    assert setting_s["store"].flop == pytest.approx(277e12, rel=0.005)
+def test_plain_autograd_spends_the_277_tflop_of_the_published_network() -> None:
+    assert setting_s("store").flop == pytest.approx(277e12, rel=0.005)
 
 
 @pytest.mark.slow
-def test_network_leaves_norms_gates_couplings_and_sensing_to_the_ops(setting_s: dict[str, StepCount]) -> None:
-    calls = setting_s["two_level"].calls
+def test_network_leaves_norms_gates_couplings_and_sensing_to_the_ops() -> None:
+    calls = setting_s("two_level").calls
     for name in ("couple", "uncouple", "project_step", "gram", "measure", "adjoint", "inject_read", "inject_couple"):
         assert calls[f"idm_fast.{name}"] > 0
     assert calls["idm_fast.group_norm_silu"] > 0 and calls["idm_fast.layer_norm"] > 0
