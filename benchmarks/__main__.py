@@ -181,6 +181,8 @@ def _run_here(case: Case, context: Context, out: Path) -> int:
         code, result = 1, context.begun[-1] if context.begun else Result()
         result.failures.append(f"{type(error).__name__}: {error}")
     saving.cancel()
+    if saving.is_alive():  # it may be writing: the last word is ours
+        saving.join()
     for failure in result.failures:
         print(f"  did not work: {failure}", flush=True)
     _write(case, context, result, time.perf_counter() - started, target)

@@ -128,7 +128,7 @@ class Op:
         raise RuntimeError(f"idm_fast::{self.name} has no implementation for device type {device_type!r}")
 
     def runs_reference(self, device_type: str) -> bool:
-        """Whether a call would run as plain PyTorch, or be refused."""
+        """Whether plain PyTorch is what serves this op's calls there, by the explicit choice in force or the automatic one."""
         if _choice is not None:
             return _choice == "reference"
         return self.choose_by(None, device_type) == "reference"
