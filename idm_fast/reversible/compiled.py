@@ -8,14 +8,19 @@ would rather share a replay with the forward pass, which means storing; `_after`
 A graph has no generator to put back either: what random operations drew is stored, of a dropout its mask; so is what
 operations inside `kept` gave.
 
+Modules among the side inputs enter the graph as their tensors and their address: dynamo takes them as they are from torch 2.13
+on alone.
+
 What dynamo does not see it does not guard. A chain is compiled again when a `training` flag, a tensor's metadata or an option
 of the chain changes; any other attribute of a body (a dropout's p, say) is read once.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +41,8 @@ from idm_fast.reversible.streams import FixedStreams
 
 _NONE = Constant(None)
 """Stands for None on the way into a traced call, which takes no None."""
+_MODULE = Constant("module")
+"""Begins the pair (_MODULE, k), which stands for module k among the side inputs on that way."""
 
 
 @torch.library.custom_op("idm_fast::after", mutates_args=())
@@ -116,22 +123,34 @@ class _Caller(nn.Module):
         return out
 
 
+@dataclass
+class _SideModule:
+    """A module among the side inputs, and what stands in the graph for its parameters and buffers."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+
+
+def _is_module(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and len(leaf) == 2 and leaf[0] is _MODULE
+
+
 class _Layer:
     """One body as a function of x1 and of `inputs`: its parameters and side inputs. Buffers get no gradient."""
 
-    def __init__(self, index: int, call: Call, tensors: dict[str, Tensor], body_dtype: torch.dtype) -> None:
+    def __init__(
+        self, index: int, call: Call, tensors: dict[str, Tensor], body_dtype: torch.dtype, modules: Sequence[_SideModule]
+    ) -> None:
         assert isinstance(call.body, nn.Module)
         self.index = index
         self._body_dtype = body_dtype
-        leaves, self._spec = tree_flatten((call.args, call.kwargs), is_leaf=lambda leaf: leaf is _NONE)
-        self._leaves = [None if leaf is _NONE else leaf for leaf in leaves]
-        others = [leaf for leaf in self._leaves if isinstance(leaf, nn.Module)]
-        self._caller = _Caller(call.body, others)
+        leaves, self._spec = tree_flatten((call.args, call.kwargs), is_leaf=lambda leaf: leaf is _NONE or _is_module(leaf))
+        others = [modules[leaf[1]] for leaf in leaves if _is_module(leaf)]
+        self._leaves = [None if leaf is _NONE else modules[leaf[1]].module if _is_module(leaf) else leaf for leaf in leaves]
+        self._caller = _Caller(call.body, [other.module for other in others])
         named = {f"body.{name}": tensor for name, tensor in tensors.items()}
-        # While a chain is traced, the modules among the side inputs hold the graph's tensors; at backward they do no more.
         for i, other in enumerate(others):
-            for name, tensor in (*other.named_parameters(), *other.named_buffers()):
-                named[f"others.{i}.{name}"] = tensor
+            named |= {f"others.{i}.{name}": tensor for name, tensor in other.tensors.items()}
         buffers = {f"body.{name}" for name, _ in call.body.named_buffers(remove_duplicate=False)}
         self._buffers = {name: tensor for name, tensor in named.items() if name in buffers}
         self._names = [name for name in named if name not in buffers]
@@ -254,14 +273,17 @@ def _traced_chain(
     state: dict[str, Tensor],
     training: str,
     side: list[tuple[Any, Any]],
+    side_modules: list[tuple[int, dict[str, Tensor]]],
     x1: Tensor,
     x2: Tensor,
     merges: dict[int, Tensor],
     keep: bool,
     body_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    # The caller holds these modules while it is traced, which is when this function runs.
+    modules = [_SideModule(ctypes.cast(address, ctypes.py_object).value, own) for address, own in side_modules]
     try:
-        chain, tensors = _make_chain(bodies.value, coupling.value, weights, state, side, merges, keep, body_dtype)
+        chain, tensors = _make_chain(bodies.value, coupling.value, weights, state, side, modules, merges, keep, body_dtype)
         return _CompiledChain.apply(chain, x1, x2, *tensors)
     except Exception:
         # Dynamo, which looks for the shapes here, would hide the error behind one of its own. AOTAutograd will meet it again.
@@ -276,6 +298,7 @@ def _make_chain(
     weights: list[Tensor],
     state: dict[str, Tensor],
     side: list[tuple[Any, Any]],
+    modules: list[_SideModule],
     merges: dict[int, Tensor],
     keep: bool,
     body_dtype: torch.dtype,
@@ -285,7 +308,7 @@ def _make_chain(
         index, _, rest = name.partition(".")
         own[int(index)][rest] = tensor
     layers = [
-        _Layer(i, Call(body, *given), tensors, body_dtype)
+        _Layer(i, Call(body, *given), tensors, body_dtype, modules)
         for i, (body, given, tensors) in enumerate(zip(bodies, side, own, strict=True))
     ]
     read = (tensor for layer in layers for tensor in layer.inputs)
@@ -297,11 +320,17 @@ def _make_chain(
     return _Chain(layers, coupling, keep, weight_slots, slots, merge_slots), list(unique.values())
 
 
-def _traceable(leaf: Any) -> Any:
-    """A side input as a traced call takes it."""
+def _traceable(modules: list[nn.Module], leaf: Any) -> Any:
+    """A side input as a traced call takes it; a module is put into `modules`, once."""
     if leaf is None:
         return _NONE
-    if not isinstance(leaf, (Tensor, nn.Module, int, float, str)) and not is_constant_class(type(leaf)):
+    if isinstance(leaf, nn.Module):
+        for k, module in enumerate(modules):
+            if module is leaf:
+                return _MODULE, k
+        modules.append(leaf)
+        return _MODULE, len(modules) - 1
+    if not isinstance(leaf, (Tensor, int, float, str)) and not is_constant_class(type(leaf)):
         raise TypeError(
             f"side inputs: a {type(leaf).__name__} cannot be an input of a graph; make its class an nn.Module with its tensors "
             "as buffers, or compile without it"
@@ -353,8 +382,12 @@ def compiled_chain(
         training += "1" if module.training else "0"
         for tensors in (module._parameters, module._buffers):
             state |= {f"{path}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
-    side = tree_map(_traceable, [(call.args, call.kwargs) for call in calls])
+    found: list[nn.Module] = []
+    side = tree_map(partial(_traceable, found), [(call.args, call.kwargs) for call in calls])
+    side_modules = [(id(module), {**dict(module.named_parameters()), **dict(module.named_buffers())}) for module in found]
     weighted = [v for v in weights if v is not None]
     wanted = {layer: merges[layer] for layer in sorted(merges)} if merges else {}
-    y1, y2, *merged = _traced_chain(bodies, coupling, weighted, state, training, side, x1, x2, wanted, keep, body_dtype)
+    y1, y2, *merged = _traced_chain(
+        bodies, coupling, weighted, state, training, side, side_modules, x1, x2, wanted, keep, body_dtype
+    )
     return y1, y2, merged

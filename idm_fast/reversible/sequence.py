@@ -171,7 +171,7 @@ class ReversibleSequence(nn.Module):
         if fixed:
             self._check_min_v()
         options: dict[str, Any] = {"input_scale": input_scale, "merges": merges, "body_dtype": body_dtype}
-        invertible = recovery != "store" and torch.is_grad_enabled() and bool(calls)
+        invertible = recovery != "store" and torch.is_grad_enabled() and len(calls) > 0
         run: Callable[..., tuple[Tensor, Tensor, list[Tensor]]] = plain_chain
         if invertible:
             options |= {"keep": recovery == "keep", "preserve_rng_state": self.preserve_rng_state}

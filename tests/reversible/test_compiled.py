@@ -272,7 +272,8 @@ def test_inductor_gives_the_same_gradients_and_holds_the_last_streams_alone() ->
     net = ReversibleSequence([nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2)]).double()
     x1, x2 = tensors()
     compare(net, lambda f: f(x1, x2)[0].square().sum(), [x1, x2], backend="inductor")
-    saved = compiled(net, "inductor")(x1, x2)[0].grad_fn.saved_tensors
+    outputs = compiled(net, "inductor")(x1, x2)
+    saved = outputs[0].grad_fn.saved_tensors
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*saved, *net.parameters())}
     assert sum(storages.values()) == 2 * STREAM + sum(p.untyped_storage().nbytes() for p in net.parameters())
 
