@@ -70,7 +70,7 @@ class Comparison:
 
 def compare(setting: Setting, device: torch.device, schedules: dict[str, dict[str, Any]] = SCHEDULES) -> Iterator[Comparison]:
     """The schedules on `device`, with the implementations of the ops that are in use there."""
-    references = [name for name, op in registry.OPS.items() if op.choose(device.type) == "reference"]
+    references = [name for name, op in registry.OPS.items() if op.runs_reference(device.type)]
     for name, schedule in schedules.items():
         options = setting.options | schedule
         shape = setting.batch, setting.size

@@ -137,10 +137,11 @@ def write_json(results: Sequence[ImageResult], settings: dict[str, Any], path: s
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, device and threads behind a result."""
-    packages = ("torch", "diffusers", "numpy", "scikit-image", "Pillow")
+    packages = ("diffusers", "numpy", "scikit-image", "Pillow")
     return {
         "idm_fast": idm_fast.__version__,
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build (+cpu, +cu130), which a package's version lacks
         **{name: importlib.metadata.version(name) for name in packages},
         "device": device_name(device),
         "threads": torch.get_num_threads(),

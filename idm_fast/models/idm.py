@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from idm_fast.reversible.backprop import Call, plain_chain
 from idm_fast.reversible.casts import cast_once
 from idm_fast.reversible.constant import Constant
 from idm_fast.reversible.coupling import ConvexCoupling
-from idm_fast.reversible.sequence import SMALLEST_V, invertible_chain, smallest_v, values_can_be_read
+from idm_fast.reversible.sequence import SMALLEST_V, invertible_chain, smallest, smallest_v, values_can_be_read
 
 TINY = {"widths": (24, 48), "heads": 4, "norm_groups": 8, "attention": (False, False)}
 """What makes `IDM.tiny`: narrow, and without attention, which would take a quarter to half of a step's time on a CPU."""
@@ -185,17 +185,16 @@ class IDM(ModelMixin, ConfigMixin):
 
     def check_parameters(self) -> None:
         """Raise ValueError when an α left (0, 1) or a v came too near 0 to be inverted; it names the parameter."""
-        alpha = self.alpha.detach()
-        if not bool(((alpha > 0) & (alpha < 1)).all()):
+        # All at once, as a GPU is waited for with every reading.
+        read = torch.cat([self.alpha.detach(), *(v.detach() for v in self.v)]).tolist()
+        alpha, outer = read[: len(self.alpha)], read[len(self.alpha) :]
+        if not all(0 < a < 1 for a in alpha):
             raise ValueError(
-                f"alpha: {alpha.tolist()} has left (0, 1), where √ᾱ and √(1−ᾱ) exist; "
+                f"alpha: {alpha} has left (0, 1), where √ᾱ and √(1−ᾱ) exist; "
                 "lower the learning rate, or clip gradients, and resume from an earlier checkpoint"
             )
-        outer = torch.cat([v.detach().abs() for v in self.v])
-        name, value = f"v.{int(outer.argmin())}", float(outer.min())
-        inner_name, inner_value = smallest_v(self.unet)
-        if inner_value < value or math.isnan(inner_value):
-            name, value = f"unet.{inner_name}", inner_value
+        inner_name, inner = smallest_v(self.unet)
+        name, value = smallest({f"v.{t}": abs(v) for t, v in enumerate(outer)} | {f"unet.{inner_name}": inner})
         if not value >= SMALLEST_V:
             raise ValueError(
                 f"{name}: |v| = {value:.3g} is below {SMALLEST_V}, and inverting the layer divides by v; "
@@ -223,7 +222,8 @@ class IDM(ModelMixin, ConfigMixin):
             raise ValueError(f"physics: A_adjoint(y) is {tuple(aty.shape)}, expected (B, 1, H, W) with H and W multiples of 4")
         if self._budget is not None and self.training and torch.is_grad_enabled() and values_can_be_read(self.alpha):
             self._plan_for(aty, self._budget)
-        abar = [torch.ones_like(self.alpha[0]), *self.alpha.cumprod(0).unbind()]
+        # One by one: the gradient of cumprod looks for zeros, and waits for a GPU to tell.
+        abar = [torch.ones_like(self.alpha[0]), *accumulate(self.alpha.unbind(), torch.mul)]
         x = abar[-1].sqrt() * aty
         with self._weights_cast_once(x):
             return self._sample(x, y, aty, abar, physics)

@@ -374,14 +374,24 @@ def values_can_be_read(tensor: Tensor) -> bool:
 
 
 def smallest_v(module: nn.Module) -> tuple[str, float]:
-    """Name and |value| of the v nearest to 0 among all reversible sequences in `module`, a NaN first; ("", inf) without any."""
-    name, value = "", math.inf
-    for prefix, part in module.named_modules():
-        if isinstance(part, ReversibleSequence) and len(part.v):
-            values = torch.cat([v.detach() for v in part.v]).abs()
-            index = int(values.argmin())  # of a NaN, if there is one
-            if not float(values[index]) >= value:
-                name, value = f"{prefix}.v.{index}".lstrip("."), float(values[index])
-            if math.isnan(value):
-                break
-    return name, value
+    """Name and |value| of the v nearest to 0 among all reversible sequences in `module`, a NaN first; ("", inf) without any.
+
+    All are read at once, as a GPU is waited for with every reading.
+    """
+    named = {
+        f"{prefix}.v.{i}".lstrip("."): v.detach()
+        for prefix, part in module.named_modules()
+        if isinstance(part, ReversibleSequence)
+        for i, v in enumerate(part.v)
+    }
+    if not named:
+        return "", math.inf
+    device = next(iter(named.values())).device
+    values = dict(zip(named, torch.cat([v.to(device) for v in named.values()]).abs().tolist(), strict=True))
+    return smallest(values)
+
+
+def smallest(values: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of the smallest, a NaN first."""
+    name = min(values, key=lambda name: -math.inf if math.isnan(values[name]) else values[name])
+    return name, values[name]
