@@ -62,6 +62,7 @@ def complete(result: Result, tmp_path: Path) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is counted is known for the published setting; what is measured is a narrow network.
     monkeypatch.setattr(memory, "_settings_on_gpu", lambda context, base: [base])
@@ -72,6 +73,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.title == "Counted and measured peaks" and len(measured.rows) == len(contenders.CONTENDERS)
 
 
+@pytest.mark.slow
 def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "Setting", lambda *_: TINY)
     result = complete(training_step.training_step(QUICK), tmp_path)
@@ -120,6 +122,7 @@ def test_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     complete(quality.run(QUICK), tmp_path)
 
 
+@pytest.mark.slow
 def test_scaling_without_a_second_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "Setting", lambda *_: TINY)
     monkeypatch.setattr(scaling, "AXES", {("cuda", True): ((32, 64), (1, 2))})

@@ -7,6 +7,7 @@ one of them by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_coup
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,3 +67,36 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return cast(self, source, to)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
+
+
+@pytest.fixture(autouse=True)
+def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter puts its own functions into Triton's language again at every call of a device function, which takes a
+    third of its time; here only what the launch has not patched yet."""
+    if not kernels.interpreted():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+    patched: set[str] = set()
+
+    class Scope:
+        def __init__(self, scope: Any) -> None:
+            self._scope = scope
+
+        def restore(self) -> None:
+            patched.clear()
+            self._scope.restore()
+
+    @functools.cache
+    def modules(function: Any) -> set[str]:
+        return {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+
+    def patch_once(function: Any) -> Any:
+        if modules(function) <= patched:
+            return None
+        patched.update(modules(function))
+        return Scope(patch_language(function))
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)

@@ -20,6 +20,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_kernels_pass_in_the_interpreter(kind: str) -> None:
     files = [str(HERE / name) for name in FILES[kind]]

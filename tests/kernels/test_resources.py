@@ -16,6 +16,7 @@ if kernels.interpreted() or importlib.util.find_spec("triton") is None:
 from idm_fast.kernels import bits, couple, fixed_point, geglu, group_norm_silu, inject, layer_norm, project, resources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("arch", resources.ARCHITECTURES)
 def test_every_kernel_compiles_without_spills_as_recorded(

@@ -81,6 +81,7 @@ def composed(planner: Planner, *names: str) -> tuple[Choice, StepCount]:
     return choice, planner.exactly(choice.schedule)
 
 
+@pytest.mark.slow
 def test_composed_peaks_and_flop_are_those_of_the_whole_within_2_percent(planner: Planner) -> None:
     """What is left is a few images, single numbers, and whatever a step's gradients overlap with."""
     choice, exact = composed(planner, AGAIN + "inverted, attention kept", "low resolution stored")

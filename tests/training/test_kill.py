@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ def wait_for_a_checkpoint_after(step, folder, process):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_like_an_uninterrupted_one(settings, lines, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = dict(max_train_steps=STEPS, checkpointing_steps=1, checkpoints_total_limit=2, ema_decay=0.9)

@@ -1,0 +1,22 @@
+"""The prediction against PyTorch's own CUDA allocator, on a GPU whose kernels do nothing (tests/hollow_gpu)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_prediction.py measures there")
+def test_allocator_of_cuda_agrees_with_the_prediction_within_3_percent() -> None:
+    hollow = Path(__file__).parents[1] / "hollow_gpu"
+    command = [sys.executable, str(hollow), "benchmarks.memory_against_prediction", "--device", "cuda"]
+    done = subprocess.run(command, cwd=hollow.parents[1], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.split("|")[-2].strip(" %")) for line in done.stdout.splitlines() if line.startswith("| `")]
+    assert len(errors) == 5 and all(abs(error) <= 3 for error in errors), done.stdout
