@@ -72,7 +72,7 @@ def published_bytes(channels: int, r: int, autocast: bool) -> tuple[int, int]:
     """Of a layer's forward, and of its forward and backward: the coupling, its inverse and its gradients written out."""
     body, physics, v, aty = PublishedInjector(channels, r), Sensing(), torch.empty(1), torch.empty(BATCH, 1, SIZE, SIZE)
     x1, x2, d1, d2 = (torch.empty(BATCH, channels, SIZE // r, SIZE // r) for _ in range(4))
-    with Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
         with torch.no_grad():
             y1 = (1 - v) * body(x1, aty, physics) + v * x2
         forward = traffic.bytes
@@ -92,7 +92,7 @@ def our_bytes(channels: int, r: int, autocast: bool) -> tuple[int, int]:
     chain = ReversibleSequence([Injector(channels, r, 1)], check_v=False, preserve_rng_state=False)
     x1, x2, d1, d2 = (torch.empty(BATCH, channels, SIZE // r, SIZE // r) for _ in range(4))
     aty = torch.empty(BATCH, 1, SIZE, SIZE)
-    with Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
         y = chain(x1.requires_grad_(), x2.requires_grad_(), aty, Sensing(), 1)
         forward = traffic.bytes
         torch.autograd.grad(y, [x1, x2, *chain.parameters()], [d1, d2])
