@@ -4,7 +4,8 @@ Nothing here imports Triton until `implementations` is called. A GPU runs the ke
 slowly, Triton's interpreter, when TRITON_INTERPRET=1 stands in the environment before anything imports Triton.
 
 Tried with Triton 3.5.0, 3.6.0 and 3.7.1: every kernel compiles for sm_90 without spills (3.7.1: for sm_80 and sm_100, too), and
-the parity tests of GEGLU and LayerNorm pass. Interpreters of 3.5 and 3.6 fail on loops with NumPy 2.4: take 2.3.
+its tests pass in the interpreter of 3.6.0 and 3.7.1 (3.5.0: those of GEGLU and LayerNorm). Interpreters of 3.5 and 3.6 fail on
+loops with NumPy 2.4 and newer: take 2.3.
 """
 
 from __future__ import annotations

@@ -84,6 +84,20 @@ def test_two_level_gives_the_gradients_of_store(keep: tuple[str, ...] | None, at
         assert (recovered - stored).norm() <= 1e-9 * stored.norm() + 1e-14 * total
 
 
+ASKING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
+"""What makes the host wait for a GPU: values, or sizes that depend on them."""
+
+
+@pytest.mark.parametrize("schedule", ["store", "flat", "two_level"])
+def test_a_step_asks_for_no_value_but_those_it_checks(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, physics = small(schedule=schedule), BlockCompressedSensing((32, 32), 0.25)
+    monkeypatch.setattr(IDM, "check_parameters", lambda self: None)
+    with torch.autograd.profiler.profile() as profile:  # under a dispatch mode some gradients go another way
+        model(physics.A(torch.rand(2, 1, 32, 32)), physics).abs().mean().backward()
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::mul" in called and not called & ASKING
+
+
 def test_two_level_with_double_streams_under_autocast_is_exact_to_the_rounding_of_the_bodies() -> None:
     """Inverting in float64 recovers what the bodies saw, so bfloat16 bodies round the same way twice."""
     model = disturbed(small(stream_dtype="float64"))
