@@ -235,7 +235,7 @@ def _measured(result: Result, counts: Counts) -> None:
     note = "Measured: max_memory_allocated above parameters and data, so with the gradients that exist at the peak. "
     if errors:
         note += f"The largest error, relative to the activations, is {max(map(abs, errors)):.1%}. "
-    note += "What is counted follows the CPU's autocast; CUDA's runs GroupNorm and LayerNorm in float32, so theirs take more."
+    note += "Counting follows the CPU's autocast; CUDA's runs norms in float32, so the published network takes more."
     result.tables.append(Table("Counted and measured peaks", columns, rows, note))
 
 

@@ -2,14 +2,13 @@
 // of PyTorch does all of its work on the host: it allocates, dispatches, picks algorithms, launches, records and waits.
 //
 // Memory of the device is reserved, not taken: pages come when a copy touches them. Copies to and from it are made, so that
-// parameters arrive; copies of more than TOUCHED bytes are not. A launch that a GPU would refuse is reported on stderr.
-// Arguments are those of an H100 with 80 GiB, one GPU.
+// parameters arrive; copies of more than TOUCHED bytes are not. A launch that a GPU would refuse is refused, and its sizes are
+// said on stderr. What is asked of the device is answered as by an H100 with 80 GiB, the only one.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
 
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -30,7 +29,7 @@ constexpr unsigned SHARED_MEMORY = 232448;
 std::mutex guard;
 std::map<uintptr_t, size_t> blocks;  // of the device, by where they begin
 size_t allocated = 0;
-std::atomic<long> launches{0};
+thread_local cudaError_t last_error = cudaSuccess;
 thread_local cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
 
 // Whether [p, p + n) lies in one block of the device.
@@ -77,12 +76,13 @@ int attribute(int which) {
   }
 }
 
-void launch(dim3 grid, dim3 block, size_t shared) {
-  ++launches;
+cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024 || shared > SHARED_MEMORY)
-    fprintf(stderr, "hollow GPU: no launch of grid %u×%u×%u, block %u×%u×%u, %zu bytes of shared memory\n", grid.x, grid.y, grid.z,
-            block.x, block.y, block.z, shared);
+  const bool fits = grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535 && threads && threads <= 1024;
+  if (fits && shared <= SHARED_MEMORY) return cudaSuccess;
+  fprintf(stderr, "hollow GPU: no launch of grid %u×%u×%u, block %u×%u×%u, %zu bytes of shared memory\n", grid.x, grid.y,
+          grid.z, block.x, block.y, block.z, shared);
+  return last_error = cudaErrorInvalidConfiguration;
 }
 
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
@@ -108,8 +108,6 @@ CUresult agree() { return CUDA_SUCCESS; }
 
 }  // namespace
 
-API long hollow_gpu_launches() { return launches; }
-
 // The runtime: the device and its memory.
 
 API cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
@@ -117,8 +115,14 @@ API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 API cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) { return *value = attribute(which), cudaSuccess; }
 API cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-API cudaError_t cudaGetLastError() { return cudaSuccess; }
-API cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+API cudaError_t cudaPeekAtLastError() { return last_error; }
+API cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+API const char* cudaGetErrorString(cudaError_t error) { return error ? "an error of the hollow GPU" : "no error"; }
+API const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaError" : "cudaSuccess"; }
 API cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0, cudaSuccess; }
 API cudaError_t cudaProfilerStart() { return cudaSuccess; }
@@ -301,13 +305,13 @@ API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shar
   return cudaSuccess;
 }
 API cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3 block, void**, size_t shared, cudaStream_t) {
-  return launch(grid, block, shared), cudaSuccess;
+  return launch(grid, block, shared);
 }
 API cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3 grid, dim3 block, void**, size_t shared, cudaStream_t) {
-  return launch(grid, block, shared), cudaSuccess;
+  return launch(grid, block, shared);
 }
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void*, void**) {
-  return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes), cudaSuccess;
+  return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes);
 }
 API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
@@ -365,12 +369,12 @@ API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return 
 API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 API CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction, const CUlaunchConfig*) { return *clusters = 1, CUDA_SUCCESS; }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction, void**, void**) {
-  launch(dim3(c->gridDimX, c->gridDimY, c->gridDimZ), dim3(c->blockDimX, c->blockDimY, c->blockDimZ), c->sharedMemBytes);
-  return CUDA_SUCCESS;
+  const dim3 grid(c->gridDimX, c->gridDimY, c->gridDimZ), block(c->blockDimX, c->blockDimY, c->blockDimZ);
+  return launch(grid, block, c->sharedMemBytes) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 API CUresult cuLaunchKernel(CUfunction, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                             CUstream, void**, void**) {
-  return launch(dim3(gx, gy, gz), dim3(bx, by, bz), shared), CUDA_SUCCESS;
+  return launch(dim3(gx, gy, gz), dim3(bx, by, bz), shared) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr pointer) {
   if (which != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return *static_cast<int*>(value) = 0, CUDA_SUCCESS;
@@ -404,8 +408,6 @@ AGREES_AS(cuOccupancyMaxPotentialClusterSize)
 
 #define AGREES(name) \
   API int name(...) { return 0; }
-#define RUNS(name) \
-  API int name(...) { return ++launches, 0; }
 #define MAKES(name) \
   API int name(void** made, ...) { return *made = malloc(64), 0; }
 #define FREES(name) \
@@ -419,18 +421,18 @@ AGREES(cublasSetMathMode)
 AGREES(cublasSetPointerMode_v2)
 API int cublasGetMathMode(void*, int* mode) { return *mode = 0; }
 API int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0; }
-RUNS(cublasSgemm_v2)
-RUNS(cublasDgemm_v2)
-RUNS(cublasGemmEx)
-RUNS(cublasSgemmEx)
-RUNS(cublasGemmStridedBatchedEx)
-RUNS(cublasSgemmStridedBatched)
-RUNS(cublasDgemmStridedBatched)
-RUNS(cublasSgemv_v2)
-RUNS(cublasDgemv_v2)
-RUNS(cublasSdot_v2)
-RUNS(cublasDdot_v2)
-RUNS(cublasDotEx)
+AGREES(cublasSgemm_v2)
+AGREES(cublasDgemm_v2)
+AGREES(cublasGemmEx)
+AGREES(cublasSgemmEx)
+AGREES(cublasGemmStridedBatchedEx)
+AGREES(cublasSgemmStridedBatched)
+AGREES(cublasDgemmStridedBatched)
+AGREES(cublasSgemv_v2)
+AGREES(cublasDgemv_v2)
+AGREES(cublasSdot_v2)
+AGREES(cublasDdot_v2)
+AGREES(cublasDotEx)
 
 API size_t cublasLtGetVersion() { return 10000 * CUDART_VERSION / 1000; }
 MAKES(cublasLtMatmulDescCreate)
@@ -442,7 +444,7 @@ FREES(cublasLtMatmulPreferenceDestroy)
 AGREES(cublasLtMatmulDescSetAttribute)
 AGREES(cublasLtMatrixLayoutSetAttribute)
 AGREES(cublasLtMatmulPreferenceSetAttribute)
-RUNS(cublasLtMatmul)
+AGREES(cublasLtMatmul)
 struct Heuristic {
   uint64_t algorithm[8];
   size_t workspace;
@@ -473,10 +475,10 @@ AGREES(cudnnSetFilterNdDescriptor)
 AGREES(cudnnSetConvolutionNdDescriptor)
 AGREES(cudnnSetConvolutionGroupCount)
 AGREES(cudnnSetConvolutionMathType)
-RUNS(cudnnConvolutionForward)
-RUNS(cudnnConvolutionBackwardData)
-RUNS(cudnnConvolutionBackwardFilter)
-RUNS(cudnnConvolutionBiasActivationForward)
+AGREES(cudnnConvolutionForward)
+AGREES(cudnnConvolutionBackwardData)
+AGREES(cudnnConvolutionBackwardFilter)
+AGREES(cudnnConvolutionBiasActivationForward)
 struct Algorithm {
   int algorithm, status;
   float time;

@@ -21,6 +21,6 @@ def test_allocator_of_cuda_agrees_with_the_prediction_within_3_percent() -> None
     hollow = Path(__file__).parents[1] / "hollow_gpu"
     command = [sys.executable, str(hollow), "benchmarks.memory_against_prediction", "--device", "cuda"]
     done = subprocess.run(command, cwd=hollow.parents[1], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "hollow GPU: no launch" not in done.stderr, done.stderr
     errors = [float(line.split("|")[-2].strip(" %")) for line in done.stdout.splitlines() if line.startswith("| `")]
     assert len(errors) == 5 and all(abs(error) <= 3 for error in errors), done.stdout
