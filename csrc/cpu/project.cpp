@@ -92,7 +92,7 @@ void times_matrix(const Operator<S>& op, const S* pixels, S* measurements) {
   }
 }
 
-// Xᵀ = Φ·Yᵀ; take(first pixel, how many, lines) gets the product's rows.
+// Xᵀ = Φ·Yᵀ; take(first pixel, how many, lines) gets the product's rows, to change as it likes.
 template <class S, class Take>
 IDM_INLINE void times_transposed(const Operator<S>& op, const S* measurements, const Take& take) {
   by_blocks<BLOCK>(0, op.N, [&](int64_t n, auto count) {
@@ -119,36 +119,53 @@ void prefetch(const Operator<S>& op, const T* images, int64_t tile) {
   for (const T* line = begin; line < end; line += 64 / sizeof(T)) __builtin_prefetch(line, WRITE, 2);
 }
 
-// The tile's pixels out of `images`, transposed; rows that are not there are zero.
-template <class S>
-void gather(const Operator<S>& op, const S* images, int64_t tile, S* pixels) {
+// each(place of a pixel in the images, its element in the transposed tile) for all pixels of the tile.
+template <class S, class Each>
+IDM_INLINE void visit(const Operator<S>& op, int64_t tile, const Each& each) {
   constexpr int64_t BAND = 64;
-  const int64_t rows = op.rows_of(tile);
-  prefetch<false>(op, images, tile);
   for (int64_t begin = 0; begin < op.N; begin += BAND) {
     const int64_t end = begin + BAND < op.N ? begin + BAND : op.N;
-    for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t m = 0; m < op.rows_of(tile); ++m) {
       int64_t offset;
       const int64_t* places = op.places(tile * TILE<S> + m, offset);
-      for (int64_t n = begin; n < end; ++n) pixels[n * TILE<S> + m] = images[offset + places[n]];
+      for (int64_t n = begin; n < end; ++n) each(offset + places[n], n * TILE<S> + m);
     }
-    for (int64_t n = begin; n < end; ++n)
-      for (int64_t m = rows; m < TILE<S>; ++m) pixels[n * TILE<S> + m] = 0;
   }
 }
 
-// put(pixel of images, value) for every pixel of the tile that times_transposed gives.
-template <class S, class T, class Put>
-IDM_INLINE void scatter(const Operator<S>& op, const S* measurements, int64_t tile, T* images, Put put) {
+// The elements of rows that are not there.
+template <class S>
+void clear_missing(const Operator<S>& op, int64_t tile, S* pixels) {
+  if (op.rows_of(tile) < TILE<S>)
+    for (int64_t k = 0; k < op.N * TILE<S>; ++k) pixels[k] = 0;
+}
+
+// The tile's pixels out of `images`, transposed; rows that are not there are zero.
+template <class S, class T>
+void gather(const Operator<S>& op, const T* images, int64_t tile, S* pixels) {
+  prefetch<false>(op, images, tile);
+  clear_missing(op, tile, pixels);
+  visit(op, tile, [&](int64_t from, int64_t to) IDM_LAMBDA_INLINE { pixels[to] = load(images[from]); });
+}
+
+// The pixels of the tile that times_transposed gives into `images`, after finish(first element of the tile, how many, values).
+template <class S, class T, class Finish>
+IDM_INLINE void scatter(const Operator<S>& op, const S* measurements, int64_t tile, T* images, const Finish& finish) {
   const int64_t rows = op.rows_of(tile);
   prefetch<true>(op, images, tile);
-  times_transposed(op, measurements, [&](int64_t n, int64_t count, const S* lines) {
+  times_transposed(op, measurements, [&](int64_t n, int64_t count, S* lines) {
+    finish(n * TILE<S>, count * TILE<S>, lines);
     for (int64_t m = 0; m < rows; ++m) {
       int64_t offset;
       const int64_t* places = op.places(tile * TILE<S> + m, offset) + n;
-      for (int64_t r = 0; r < count; ++r) put(images[offset + places[r]], lines[r * TILE<S> + m]);
+      for (int64_t r = 0; r < count; ++r) images[offset + places[r]] = Store<T>::of(lines[r * TILE<S> + m]);
     }
   });
+}
+
+template <class S, class T>
+void scatter(const Operator<S>& op, const S* measurements, int64_t tile, T* images) {
+  scatter(op, measurements, tile, images, [](int64_t, int64_t, S*) {});
 }
 
 // The tile's measurements out of y, transposed; rows that are not there are zero.
@@ -176,47 +193,27 @@ void over_chunks(int64_t count, ParallelFor loop, const Each& each) {
   });
 }
 
-// `from` in the dtype of sums: itself, or a copy in `room`.
-template <class S, class T>
-const S* accurate(const void* from, S* room, int64_t count, ParallelFor loop) {
-  if constexpr (SAME<T, S>) return static_cast<const S*>(from);
-  over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
-    const T* values = static_cast<const T*>(from);
-    for (int64_t i = begin; i < end; ++i) room[i] = load(values[i]);
-  });
-  return room;
-}
-
 // f(T{}, op): the operator with its matrix in the dtype of sums.
 template <class Function>
 void with_operator(const ProjectArguments& a, ParallelFor loop, const Function& f) {
   with_type(a.dtype, [&](auto element) {
     using T = decltype(element);
     using S = Accumulate<T>;
-    const int64_t rows = a.images * (a.pixels / a.N);
+    const int64_t rows = a.images * (a.pixels / a.N), size = a.N * a.q;
     if (rows == 0) return;
-    Scratch<S> room(SAME<T, S> ? 0 : a.N * a.q);
-    f(element, Operator<S>{accurate<S, T>(a.matrix, room, a.N * a.q, loop), a.permutation, a.N, a.q, a.pixels, rows});
+    const T* matrix = static_cast<const T*>(a.matrix);
+    Scratch<S> room(SAME<T, S> ? 0 : size);
+    const S* factor;
+    if constexpr (SAME<T, S>) factor = matrix;
+    else {
+      over_chunks(size, loop, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) room[i] = load(matrix[i]);
+      });
+      factor = room;
+    }
+    f(element, Operator<S>{factor, a.permutation, a.N, a.q, a.pixels, rows});
   });
 }
-
-// Images that are worked on in the dtype of sums: in the output's own memory where it has that dtype.
-template <class S, class T>
-class Canvas {
- public:
-  Canvas(void* out, int64_t count) : out_(static_cast<T*>(out)), room_(SAME<T, S> ? 0 : count) {}
-
-  S* data() {
-    if constexpr (SAME<T, S>) return out_;
-    else return room_;
-  }
-
-  T* out() { return out_; }
-
- private:
-  T* out_;
-  Scratch<S> room_;
-};
 
 template <class S>
 Step<S> step_of(const ProjectArguments& a) {
@@ -235,11 +232,9 @@ void measure(const ProjectArguments& a, ParallelFor loop) {
   with_operator(a, loop, [&](auto element, auto op) {
     using T = decltype(element);
     using S = Accumulate<T>;
-    Scratch<S> room(SAME<T, S> ? 0 : a.images * a.pixels);
-    const S* x = accurate<S, T>(a.x, room, a.images * a.pixels, loop);
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
-      gather(op, x, tile, +pixels);
+      gather(op, static_cast<const T*>(a.x), tile, +pixels);
       times_matrix(op, +pixels, +measurements);
       store_measurements(op, +measurements, tile, static_cast<T*>(a.y_out));
     });
@@ -253,7 +248,7 @@ void adjoint(const ProjectArguments& a, ParallelFor loop) {
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> measurements(op.q * TILE<S>);
       load_measurements(op, static_cast<const T*>(a.y), tile, +measurements);
-      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out));
     });
   });
 }
@@ -262,43 +257,42 @@ void gram(const ProjectArguments& a, ParallelFor loop) {
   with_operator(a, loop, [&](auto element, auto op) {
     using T = decltype(element);
     using S = Accumulate<T>;
-    Scratch<S> room(SAME<T, S> ? 0 : a.images * a.pixels);
-    const S* x = accurate<S, T>(a.x, room, a.images * a.pixels, loop);
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measurements(op.q * TILE<S>);
-      gather(op, x, tile, +pixels);
+      gather(op, static_cast<const T*>(a.x), tile, +pixels);
       times_matrix(op, +pixels, +measurements);
-      scatter(op, +measurements, tile, static_cast<T*>(a.x_out), [](T& pixel, S value) { pixel = Store<T>::of(value); });
+      scatter(op, +measurements, tile, static_cast<T*>(a.x_out));
     });
   });
 }
 
-// x0 into the canvas, minus Aᵀ(A x0 − y) tile by tile, and the update: each pixel belongs to one tile.
+// x0, minus Aᵀ(A x0 − y), and the update, tile by tile: each pixel belongs to one.
 void project_step(const ProjectArguments& a, ParallelFor loop) {
   with_operator(a, loop, [&](auto element, auto op) {
     using T = decltype(element);
     using S = Accumulate<T>;
-    const int64_t count = a.images * a.pixels;
     const Step<S> step = step_of<S>(a);
     const T *x = static_cast<const T*>(a.x), *e = static_cast<const T*>(a.e);
-    Canvas<S, T> canvas(a.x_out, count);
-    S* image = canvas.data();
-    T* out = canvas.out();
-    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
-      IDM_VECTOR_LOOP
-      for (int64_t i = begin; i < end; ++i) image[i] = denoised(S(load(x[i])), S(load(e[i])), step);
-    });
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
-      Scratch<S> pixels(op.N * TILE<S>), residual(op.q * TILE<S>), y(op.q * TILE<S>);
-      gather(op, image, tile, +pixels);
+      Scratch<S> pixels(op.N * TILE<S>), noise(op.N * TILE<S>), residual(op.q * TILE<S>), y(op.q * TILE<S>);
+      prefetch<false>(op, x, tile);
+      prefetch<false>(op, e, tile);
+      clear_missing(op, tile, +pixels);
+      clear_missing(op, tile, +noise);
+      visit(op, tile, [&](int64_t from, int64_t to) IDM_LAMBDA_INLINE {
+        pixels[to] = load(x[from]);
+        noise[to] = load(e[from]);
+      });
+      IDM_VECTOR_LOOP
+      for (int64_t k = 0; k < op.N * TILE<S>; ++k) pixels[k] = denoised(pixels[k], noise[k], step);
       times_matrix(op, +pixels, +residual);
       load_measurements(op, static_cast<const T*>(a.y), tile, +y);
-      for (int64_t i = 0; i < op.q * TILE<S>; ++i) residual[i] -= y[i];
-      scatter(op, +residual, tile, image, [](S& pixel, S value) { pixel -= value; });
-    });
-    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
       IDM_VECTOR_LOOP
-      for (int64_t i = begin; i < end; ++i) out[i] = Store<T>::of(ddim_update(image[i], S(load(e[i])), step));
+      for (int64_t k = 0; k < op.q * TILE<S>; ++k) residual[k] -= y[k];
+      scatter(op, +residual, tile, static_cast<T*>(a.x_out), [&](int64_t first, int64_t count, S* values) IDM_LAMBDA_INLINE {
+        IDM_VECTOR_LOOP
+        for (int64_t k = 0; k < count; ++k) values[k] = ddim_update(pixels[first + k] - values[k], noise[first + k], step);
+      });
     });
   });
 }
@@ -315,17 +309,15 @@ void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
     const T *g = static_cast<const T*>(a.g), *x = static_cast<const T*>(a.x), *e = static_cast<const T*>(a.e);
     const T* y = static_cast<const T*>(a.y);
     T *de = static_cast<T*>(a.e_out), *dy = static_cast<T*>(a.y_out);
-    Canvas<S, T> canvas(a.x_out, count);
-    S* image = canvas.data();
-    T* dx = canvas.out();
-    over_chunks(count, loop, [&](int64_t, int64_t begin, int64_t end) {
-      IDM_VECTOR_LOOP
-      for (int64_t i = begin; i < end; ++i) image[i] = step.s_prev * S(load(g[i]));
-    });
+    T* dx = static_cast<T*>(a.x_out);
+    Scratch<S> room(SAME<T, S> ? 0 : count);
+    S* dx0 = row_for(dx, +room);
     Scratch<double> of_tile(op.tiles());
     parallel(loop, op.tiles(), 1, [&](int64_t tile) {
       Scratch<S> pixels(op.N * TILE<S>), measured(op.q * TILE<S>);
-      gather(op, image, tile, +pixels);
+      gather(op, g, tile, +pixels);
+      IDM_VECTOR_LOOP
+      for (int64_t k = 0; k < op.N * TILE<S>; ++k) pixels[k] *= step.s_prev;
       times_matrix(op, +pixels, +measured);
       store_measurements(op, +measured, tile, dy);
       double total = 0;
@@ -336,19 +328,22 @@ void project_step_backward(const ProjectArguments& a, ParallelFor loop) {
         total += of_row[0];
       }
       of_tile[tile] = total;
-      scatter(op, +measured, tile, image, [](S& pixel, S value) { pixel -= value; });
+      scatter(op, +measured, tile, dx0, [&](int64_t first, int64_t count, S* values) IDM_LAMBDA_INLINE {
+        IDM_VECTOR_LOOP
+        for (int64_t k = 0; k < count; ++k) values[k] = pixels[first + k] - values[k];
+      });
     });
     Scratch<double> of_chunk(3 * chunks);
     over_chunks(count, loop, [&](int64_t chunk, int64_t begin, int64_t end) {
       double sums[3];
       sum<S>(end - begin, sums, [&](int64_t offset, S* terms) IDM_LAMBDA_INLINE {
         const int64_t i = begin + offset;
-        const S noise = load(e[i]), gradient = load(g[i]), dx0 = image[i];
-        terms[0] = dx0 * denoised(S(load(x[i])), noise, step);
-        terms[1] = dx0 * noise;
+        const S noise = load(e[i]), gradient = load(g[i]), of_x0 = dx0[i];
+        terms[0] = of_x0 * denoised(S(load(x[i])), noise, step);
+        terms[1] = of_x0 * noise;
         terms[2] = gradient * noise;
-        de[i] = Store<T>::of(noise_gradient(gradient, dx0, step));
-        dx[i] = Store<T>::of(dx0 / step.s);
+        de[i] = Store<T>::of(noise_gradient(gradient, of_x0, step));
+        dx[i] = Store<T>::of(of_x0 / step.s);
       });
       for (int k = 0; k < 3; ++k) of_chunk[3 * chunk + k] = sums[k];
     });
