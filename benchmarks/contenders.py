@@ -82,17 +82,41 @@ def make(name: str, setting: Setting, plan: Schedule | None = None) -> nn.Module
     return train_by(name, IDM(steps=setting.steps, **setting.options), plan)
 
 
+def norms_as_on_cuda(network: nn.Module) -> nn.Module:
+    """`network` with its GroupNorm and LayerNorm in float32 under the CPU's autocast, which leaves them alone: as under CUDA's.
+
+    Plain PyTorch keeps more for backward then; ours calls none of these modules and states its norms' precision itself.
+    """
+
+    def to_float(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (inputs[0].float(),) if torch.is_autocast_enabled("cpu") else None
+
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.register_forward_pre_hook(to_float)
+    return network
+
+
 def count(
     name: str,
     setting: Setting,
     autocast: torch.dtype | None = torch.bfloat16,
     as_reference: Collection[str] = (),
     plan: Schedule | None = None,
+    as_on_cuda: bool = False,
 ) -> StepCount:
-    """What a training step costs, under fake tensors; the ops `as_reference` operation by operation, the others in a launch."""
-    return count_training_step(
-        lambda: make(name, setting, plan), setting.batch, setting.size, RATIO, autocast, as_reference=as_reference
-    )
+    """What a training step costs, under fake tensors.
+
+    Args:
+        as_reference: ops of ours that are counted operation by operation; the others are a launch each.
+        as_on_cuda: with plain PyTorch's norms as CUDA's autocast runs them.
+    """
+
+    def build() -> nn.Module:
+        network = make(name, setting, plan)
+        return norms_as_on_cuda(network) if as_on_cuda else network
+
+    return count_training_step(build, setting.batch, setting.size, RATIO, autocast, as_reference=as_reference)
 
 
 def count_as_on_a_cpu(setting: Setting) -> StepCount:

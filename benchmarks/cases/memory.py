@@ -80,7 +80,7 @@ def compare(
         slow = [] if context.quick else [(name, base) for name in ours]
         eager_pending = {key: submit(count, *key, as_reference=eager_ops) for key in slow}
         gpu_keys = [(name, setting) for setting in on_gpu for name in right]
-        gpu_pending = {key: submit(count, *key, as_reference=chosen_ops) for key in gpu_keys}
+        gpu_pending = {key: submit(count, *key, as_reference=chosen_ops, as_on_cuda=True) for key in gpu_keys}
         lost = None if context.quick else submit(count_as_on_a_cpu, base)
         counts, eager, on_gpu_counts = (_collected(result, futures) for futures in (pending, eager_pending, gpu_pending))
         single = {name: counts[name, base] for name in right if (name, base) in counts}
@@ -208,7 +208,7 @@ def _against(
 def _settings_on_gpu(context: Context, base: Setting) -> list[Setting]:
     """Where to measure beside counting: `base`, and the largest batch at which plain autograd fits (alone in a quick run)."""
     free = torch.cuda.mem_get_info()[0] - SPARE
-    one = count(PLAIN, base.with_(steps=1, batch=1)).peak_bytes * base.steps
+    one = count(PLAIN, base.with_(steps=1, batch=1), as_on_cuda=True).peak_bytes * base.steps
     batch = base.batch
     while batch > 1 and batch * one > free:
         batch //= 2
@@ -235,7 +235,7 @@ def _measured(result: Result, counts: Counts) -> None:
     note = "Measured: max_memory_allocated above parameters and data, so with the gradients that exist at the peak. "
     if errors:
         note += f"The largest error, relative to the activations, is {max(map(abs, errors)):.1%}. "
-    note += "Counting follows the CPU's autocast; CUDA's runs norms in float32, so the published network takes more."
+    note += "Norms of plain PyTorch are counted in float32 here, as CUDA's autocast runs them; in the other tables in bfloat16."
     result.tables.append(Table("Counted and measured peaks", columns, rows, note))
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.case import Context, WrongResult
 from benchmarks.contenders import (
     CONTENDERS,
+    LEAN,
     PLAIN,
     PUBLISHED,
     Setting,
@@ -17,6 +20,7 @@ from benchmarks.contenders import (
     count,
     count_as_on_a_cpu,
     make,
+    norms_as_on_cuda,
 )
 from benchmarks.published import PublishedNetwork
 from idm_fast import IDM
@@ -84,6 +88,24 @@ def test_a_third_step_adds_nothing_to_the_published_peak_but_images(narrow: dict
     assert 0 <= narrow[PUBLISHED, 3].peak_bytes - narrow[PUBLISHED, 2].peak_bytes <= 2 * image
 
 
+def test_counted_as_on_cuda_the_published_network_norms_in_float32_and_ours_is_the_same() -> None:
+    """What is stored more: a float32 input instead of a bfloat16 one, for each of the norms, and nothing else."""
+    setting = Setting(1, 1, 32, NARROW)
+    assert count(LEAN, setting, as_on_cuda=True) == count(LEAN, setting)
+    plain, as_on_cuda = count(PLAIN, setting), count(PLAIN, setting, as_on_cuda=True)
+    assert as_on_cuda.peak_bytes > plain.peak_bytes
+    more = as_on_cuda.calls["aten._to_copy"] - plain.calls["aten._to_copy"]
+    assert 0 < as_on_cuda.launches - plain.launches == more and as_on_cuda.flop == plain.flop
+
+
+def test_norms_as_on_cuda_are_float32_under_autocast_alone() -> None:
+    norm = norms_as_on_cuda(nn.Sequential(nn.GroupNorm(2, 4)))
+    x = torch.randn(2, 4, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_full_width_comes_to_the_figures_counted_from_the_published_code() -> None:
     """Plain: 35.2 GiB at T = 1, 277 TFLOP at T = 3. Reversible: 643 TFLOP at T = 3 and, on a CPU, 15.5 GiB at T = 1."""
@@ -94,5 +116,5 @@ def test_full_width_comes_to_the_figures_counted_from_the_published_code() -> No
     on_cpu = count_as_on_a_cpu(one)
     assert on_cpu.peak_bytes == pytest.approx(15.5 * GIB, rel=0.005)
     assert 3 * on_cpu.flop == pytest.approx(643e12, rel=0.005)
-    as_on_cuda = count(PUBLISHED, one)
-    assert as_on_cuda.flop == on_cpu.flop and as_on_cuda.peak_bytes < on_cpu.peak_bytes
+    kept = count(PUBLISHED, one)
+    assert kept.flop == on_cpu.flop and kept.peak_bytes < on_cpu.peak_bytes
