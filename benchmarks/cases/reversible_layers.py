@@ -104,12 +104,12 @@ def add_figures(result: Result, measured: dict[str, dict[str, Any]], counted: bo
         peaks: list[tuple[Cell, float]] = [(named(who), found["peak"] / MIB) for who, found in good.items()]
         title = f"Reversible layers of idm-fast need {100 * saved:.0f} % less memory than plain autograd"
         label = "peak activations of a training step (MiB)"
-        result.plots.append(Plot(title, "", label, {"peak": peaks}, bars=True))
+        result.plots.append(Plot(title, "", label, {"peak": peaks}, named(PLAIN), bars=True))
         times = {who: result_median(result, f"step {who}") for who in good}
         slower = times[OURS] / times[PLAIN]
         title = f"A training step of idm-fast takes {slower:.2f} times as long as plain autograd"
         points: list[tuple[Cell, float]] = [(named(who), 1e3 * t) for who, t in times.items()]
-        result.plots.append(Plot(title, "", "time of a training step (ms)", {"time": points}, bars=True))
+        result.plots.append(Plot(title, "", "time of a training step (ms)", {"time": points}, named(PLAIN), bars=True))
 
 
 def result_median(result: Result, name: str) -> float:
@@ -117,7 +117,7 @@ def result_median(result: Result, name: str) -> float:
 
 
 def named(who: str) -> str:
-    return f"{who} {VERSIONS[who]}" if who in VERSIONS else f"{who} (baseline)" if who == PLAIN else who
+    return f"{who} {VERSIONS[who]}" if who in VERSIONS else who
 
 
 def behaviour_table(answers: dict[str, dict[str, str]]) -> Table:
