@@ -75,7 +75,7 @@ $(TORCH_READY): $(VENV_READY)
 	$(PIP_INSTALL) "torch==$(TORCH_VERSION)" "triton==$(TRITON_VERSION); platform_system == 'Linux'"
 	@touch $@
 
-$(PACKAGE_READY): $(TORCH_READY) pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
+$(PACKAGE_READY): $(TORCH_READY) pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PIP_INSTALL) --editable .
 	@touch $@
 

@@ -1,6 +1,5 @@
-"""Build of idm-fast; metadata, dependencies and tools stand in pyproject.toml, the native build in csrc/build.py."""
+"""Build of idm-fast; metadata, dependencies and tools stand in pyproject.toml, the native build in csrc/builder."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,10 +14,8 @@ except ImportError:  # without build isolation nobody has looked at pyproject.to
 
 ROOT = Path(__file__).resolve().parent
 
-_spec = importlib.util.spec_from_file_location("idm_fast_native_build", ROOT / "csrc" / "build.py")
-native = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = native
-_spec.loader.exec_module(native)
+sys.path.insert(0, str(ROOT / "csrc"))
+import builder  # noqa: E402
 
 
 class BuildPackage(build_py):
@@ -31,7 +28,7 @@ class BuildPackage(build_py):
 
 
 class BuildNative(build_ext):
-    """idm_fast._C and, with nvcc, idm_fast/_cuda.so, by csrc/build.py instead of setuptools."""
+    """idm_fast._C and, with nvcc, idm_fast/_cuda.so, by csrc/builder instead of setuptools."""
 
     def run(self) -> None:
         if TOOLCHAIN is None:
@@ -41,8 +38,8 @@ class BuildNative(build_ext):
         # Editable installs are given a folder that does not last, and would compile all of it each time.
         objects = Path(self.get_finalized_command("build").build_base if self.editable_mode else self.build_temp)
         try:
-            native.build(ROOT / "csrc", objects, package, module, TOOLCHAIN, RECORD)
-        except native.CannotBuild as reason:
+            builder.build(ROOT / "csrc", objects, package, module, TOOLCHAIN, RECORD)
+        except builder.CannotBuild as reason:
             sys.exit(f"idm-fast: {reason}")
         print(*RECORD.lines(), sep="\n")
 
@@ -50,13 +47,13 @@ class BuildNative(build_ext):
         return ROOT if self.inplace else Path(self.build_lib)
 
     def get_outputs(self) -> list[str]:
-        return [str(file) for file in native.built_files(Path(self.build_lib) / "idm_fast")]
+        return [str(file) for file in builder.built_files(Path(self.build_lib) / "idm_fast")]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.inplace:
             return {}
         package = Path(self.build_lib) / "idm_fast"
-        return {str(package / file.name): str(file) for file in native.built_files(ROOT / "idm_fast")}
+        return {str(package / file.name): str(file) for file in builder.built_files(ROOT / "idm_fast")}
 
 
 class Wheel(bdist_wheel):
@@ -70,14 +67,14 @@ class Wheel(bdist_wheel):
 def finish_without_extension(folder: Path) -> None:
     if REFUSED:
         sys.exit(f"idm-fast: {REFUSED}")
-    native.install(folder / "idm_fast", {}, RECORD)
+    builder.install(folder / "idm_fast", {}, RECORD)
     print(*RECORD.lines(), sep="\n")
 
 
-TOOLCHAIN, RECORD, REFUSED = None, native.Record("none"), None
+TOOLCHAIN, RECORD, REFUSED = None, builder.Record("none"), None
 try:
-    TOOLCHAIN, RECORD = native.decide(native.mode_from_environment())
-except native.CannotBuild as reason:
+    TOOLCHAIN, RECORD = builder.decide(builder.mode_from_environment())
+except builder.CannotBuild as reason:
     # An sdist is made without building: only a build is refused.
     REFUSED = reason
 

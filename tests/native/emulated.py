@@ -7,13 +7,11 @@ AddressSanitizer and UBSan, for tests with IDM_FAST_EMULATED naming it and libas
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,25 +21,18 @@ from idm_fast.ops.registry import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+sys.path.insert(0, str(CSRC))
+from builder.commands import STABLE_ABI  # noqa: E402
+from builder.machine import find_compiler, find_torch, parallel_jobs  # noqa: E402
+
 SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
-
-
-def build_script() -> ModuleType:
-    """csrc/build.py as a module."""
-    spec = importlib.util.spec_from_file_location("idm_fast_native_build", CSRC / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     """Compile into `folder`; CannotBuild without a compiler or where this torch has no headers."""
-    script = build_script()
-    compiler, found = script.find_compiler(), script.find_torch()
+    compiler, found = find_compiler(), find_torch()
     headers = [f"-isystem{path}" for path in found.includes]
-    abi = [f"-DTORCH_TARGET_VERSION={script.STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
+    abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
     common = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DIDM_EMULATED", f"-I{HERE / 'emulation'}", *flags]
     sources = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "register").glob("cuda_*.cpp"), HERE / "emulation" / "emulation.cpp"]
 
@@ -53,7 +44,7 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
             raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr}")
         return output
 
-    with ThreadPoolExecutor(script.parallel_jobs()) as pool:
+    with ThreadPoolExecutor(parallel_jobs()) as pool:
         objects = list(pool.map(compiled, sorted(sources, key=lambda source: -source.stat().st_size)))
     library = folder / "emulated.so"
     libraries = [f"-L{found.folder / 'lib'}", "-ltorch_cpu"]

@@ -1,38 +1,30 @@
-"""What csrc/build.py finds and decides, without compiling; and that this machine's build made all that it can."""
+"""What csrc/builder finds and decides, without compiling; and that this machine's build made all that it can."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import builder
 import pytest
 import torch
+from builder import commands, run
+from builder import machine as finding
 
 from idm_fast.ops import native
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ.keys() & {
-        "IDM_FAST_BUILD", "IDM_FAST_TORCH", "IDM_FAST_SANITIZE", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH",
-        "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "VIRTUAL_ENV", "CONDA_PREFIX",
-    }:
+    ours = {name for name in os.environ if name.startswith("IDM_FAST_")}
+    others = {"CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "VIRTUAL_ENV", "CONDA_PREFIX"}
+    for name in ours | (others & os.environ.keys()):
         monkeypatch.delenv(name)
 
 
@@ -66,17 +58,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_machine_with_everything_builds_everything(build: ModuleType, machine: Path) -> None:
-    toolchain, record = build.decide("auto")
+def test_a_machine_with_everything_builds_everything(machine: Path) -> None:
+    toolchain, record = builder.decide("auto")
     assert record.why_not == {} and toolchain.nvcc == str(machine / "cuda" / "bin" / "nvcc")
     assert (record.torch, record.torch_cuda) == ("2.12.0", "12.8")
     assert toolchain.architectures == ["8.0", "9.0", "10.0+PTX"], "of the default ones those that this nvcc knows"
 
 
-def test_an_unknown_mode_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IDM_FAST_BUILD", "gpu")
-    with pytest.raises(build.CannotBuild, match="IDM_FAST_BUILD=gpu: expected one of auto, cpu, cuda, python"):
-        build.mode_from_environment()
+    with pytest.raises(builder.CannotBuild, match="IDM_FAST_BUILD=gpu: expected one of auto, cpu, cuda, python"):
+        builder.mode_from_environment()
 
 
 @pytest.mark.parametrize(
@@ -89,37 +81,35 @@ def test_an_unknown_mode_is_refused(build: ModuleType, monkeypatch: pytest.Monke
     ],
 )
 def test_what_is_missing_is_left_out_or_refused_when_it_was_demanded(
-    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, missing: set[str], remedy: str
+    machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, missing: set[str], remedy: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    toolchain, record = build.decide("auto")
+    toolchain, record = builder.decide("auto")
     assert record.why_not.keys() == missing
     assert all(f"{variable}={value}" in reason and remedy in reason for reason in record.why_not.values())
     assert (toolchain is None) == ("C++" in missing)
-    with pytest.raises(build.CannotBuild, match=f"IDM_FAST_BUILD=cuda: {variable}={value}") as error:
-        build.decide("cuda")
+    with pytest.raises(builder.CannotBuild, match=f"IDM_FAST_BUILD=cuda: {variable}={value}") as error:
+        builder.decide("cuda")
     assert "\n" not in str(error.value)
     if "C++" in missing:
-        with pytest.raises(build.CannotBuild, match="IDM_FAST_BUILD=cpu"):
-            build.decide("cpu")
+        with pytest.raises(builder.CannotBuild, match="IDM_FAST_BUILD=cpu"):
+            builder.decide("cpu")
 
 
-def test_no_compiler_and_no_nvcc_on_the_path_name_their_remedy(
-    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+def test_no_compiler_and_no_nvcc_on_the_path_name_their_remedy(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX")
     monkeypatch.delenv("CUDA_HOME")
-    with pytest.raises(build.CannotBuild, match="no C.. compiler was found .*install one"):
-        build.find_compiler()
-    with pytest.raises(build.CannotBuild, match="no nvcc was found; install the CUDA toolkit, or set CUDA_HOME"):
-        build.find_nvcc()
+    with pytest.raises(builder.CannotBuild, match="no C.. compiler was found .*install one"):
+        finding.find_compiler()
+    with pytest.raises(builder.CannotBuild, match="no nvcc was found; install the CUDA toolkit, or set CUDA_HOME"):
+        finding.find_nvcc()
 
 
-def test_cpu_leaves_cuda_out_and_python_everything(build: ModuleType, machine: Path) -> None:
-    toolchain, record = build.decide("cpu")
+def test_cpu_leaves_cuda_out_and_python_everything(machine: Path) -> None:
+    toolchain, record = builder.decide("cpu")
     assert toolchain.nvcc is None and record.why_not == {"CUDA": "IDM_FAST_BUILD=cpu"}
-    toolchain, record = build.decide("python")
+    toolchain, record = builder.decide("python")
     assert toolchain is None and record.why_not.keys() == {"C++", "CUDA"}
 
 
@@ -128,41 +118,42 @@ def test_cpu_leaves_cuda_out_and_python_everything(build: ModuleType, machine: P
     [("2.9.1", True, "torch 2.9.1 is installed; install torch 2.10"), ("2.11.0", False, "torch 2.11.0 has no C.. headers")],
 )
 def test_a_torch_that_cannot_be_built_with_is_named(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, headers: bool, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, headers: bool, reason: str
 ) -> None:
     monkeypatch.setenv("IDM_FAST_TORCH", str(torch_in(tmp_path, version, headers=headers)))
-    with pytest.raises(build.CannotBuild, match=reason):
-        build.find_torch()
+    with pytest.raises(builder.CannotBuild, match=reason):
+        finding.find_torch()
 
 
-def test_torch_is_found_on_the_path_of_the_environment(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_is_found_on_the_path_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = torch_in(tmp_path / "site-packages", "2.10.0+cpu", cuda=None)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), str(tmp_path / "site-packages")])
-    torch = build.find_torch()
+    torch = finding.find_torch()
     assert (torch.folder, torch.version, torch.cuda) == (folder, "2.10.0+cpu", None)
 
 
-def test_given_architectures_become_flags(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_architectures_become_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
-    assert build.architecture_flags(build.architectures_for("nvcc")) == [
-        "-gencode", "arch=compute_80,code=[sm_80]",
-        "-gencode", "arch=compute_90a,code=[sm_90a]",
-        "-gencode", "arch=compute_120,code=[sm_120,compute_120]",
+    assert commands.architecture_flags(finding.architectures_for("nvcc")) == [
+        "-gencode",
+        "arch=compute_80,code=[sm_80]",
+        "-gencode",
+        "arch=compute_90a,code=[sm_90a]",
+        "-gencode",
+        "arch=compute_120,code=[sm_120,compute_120]",
     ]
 
 
 def test_gpus_without_tensor_cores_for_bfloat16_are_left_out_and_said_to_be(
-    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5 8.0 9.0+PTX")
-    toolchain, record = build.decide("cuda")
+    toolchain, record = builder.decide("cuda")
     assert toolchain.architectures == record.architectures == ["8.0", "9.0+PTX"]
     assert "idm-fast: no CUDA kernels for 7.0, 7.5: they need compute capability 8.0 or later" in record.lines()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    with pytest.raises(build.CannotBuild, match="TORCH_CUDA_ARCH_LIST=7.5: the kernels need compute capability 8.0"):
-        build.decide("cuda")
+    with pytest.raises(builder.CannotBuild, match="TORCH_CUDA_ARCH_LIST=7.5: the kernels need compute capability 8.0"):
+        builder.decide("cuda")
 
 
 def test_registration_keeps_to_the_names_of_torch_2_10() -> None:
@@ -194,41 +185,41 @@ def test_a_gpu_that_the_build_does_not_serve_is_named(
     assert reason is None if serves else "TORCH_CUDA_ARCH_LIST={}.{} in".format(*capability) in reason
 
 
-def test_free_memory_is_the_least_of_the_kernels_and_the_containers(build: ModuleType, tmp_path: Path) -> None:
+def test_free_memory_is_the_least_of_the_kernels_and_the_containers(tmp_path: Path) -> None:
     def write(path: str, text: str) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
 
-    assert build.free_memory(tmp_path) is None
+    assert finding.free_memory(tmp_path) is None
     write("proc/meminfo", "MemTotal: 64 kB\nMemAvailable:   16000000 kB\n")
-    assert build.free_memory(tmp_path) == 16_000_000 * 1024
+    assert finding.free_memory(tmp_path) == 16_000_000 * 1024
     write("proc/self/cgroup", "0::/a/b\n")
     write("sys/fs/cgroup/a/b/memory.max", "max\n")
     write("sys/fs/cgroup/a/memory.max", str(4 * 2**30))
-    assert build.free_memory(tmp_path) == 4 * 2**30
+    assert finding.free_memory(tmp_path) == 4 * 2**30
 
 
-def test_jobs_are_capped_by_memory_unless_they_are_given(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "free_memory", lambda root: 3 * 2**30)
-    assert build.parallel_jobs() == 1
+def test_jobs_are_capped_by_memory_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "free_memory", lambda root: 3 * 2**30)
+    assert finding.parallel_jobs() == 1
     monkeypatch.setenv("MAX_JOBS", "7")
-    assert build.parallel_jobs() == 7
+    assert finding.parallel_jobs() == 7
     monkeypatch.setenv("MAX_JOBS", "many")
-    with pytest.raises(build.CannotBuild, match="MAX_JOBS=many"):
-        build.parallel_jobs()
+    with pytest.raises(builder.CannotBuild, match="MAX_JOBS=many"):
+        finding.parallel_jobs()
 
 
-def fails_on(build: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
+def fails_on(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
     """Compilers that make empty files, or fail in the part `broken`."""
 
     def run_jobs(jobs: list, objects: Path) -> None:
         if any(job.output.parent.name == broken for job in jobs):
-            raise build.CannotBuild("x.cpp:1: error: no such thing")
+            raise builder.CannotBuild("x.cpp:1: error: no such thing")
         for job in jobs:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             job.output.write_text("new")
 
-    monkeypatch.setattr(build, "run_jobs", run_jobs)
+    monkeypatch.setattr(builder, "run_jobs", run_jobs)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +227,14 @@ def fails_on(build: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: str | N
     [(None, {"_C.abi.so", "_cuda.so"}, set()), ("cuda", {"_C.abi.so"}, {"CUDA"}), ("cpu", set(), {"C++", "CUDA"})],
 )
 def test_a_build_replaces_all_of_an_earlier_one(
-    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None, left: set[str], why_not: set[str]
+    machine: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None, left: set[str], why_not: set[str]
 ) -> None:
     package = machine / "package"
     package.mkdir()
     for name in ("_C.cpython-39.so", "_C.abi.so", "_cuda.so", "_build.json", "cli.py"):
         (package / name).write_text("old")
-    fails_on(build, monkeypatch, broken)
-    build.build(ROOT / "csrc", machine / "objects", package, "_C.abi.so", *build.decide("auto"))
+    fails_on(monkeypatch, broken)
+    builder.build(ROOT / "csrc", machine / "objects", package, "_C.abi.so", *builder.decide("auto"))
     assert {file.name for file in package.iterdir()} == left | {"_build.json", "cli.py"}
     assert all((package / name).read_text() == "new" for name in left)
     record = json.loads((package / "_build.json").read_text())
@@ -254,43 +245,39 @@ def test_a_build_replaces_all_of_an_earlier_one(
 
 
 def test_a_demanded_build_that_does_not_compile_is_refused_and_leaves_the_old_one(
-    build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = machine / "package"
     package.mkdir()
     (package / "_cuda.so").write_text("old")
-    fails_on(build, monkeypatch, "cuda")
-    with pytest.raises(build.CannotBuild, match="IDM_FAST_BUILD=cuda: compiling the CUDA extension failed: x.cpp:1: error"):
-        build.build(ROOT / "csrc", machine / "objects", package, "_C.abi.so", *build.decide("cuda"))
+    fails_on(monkeypatch, "cuda")
+    with pytest.raises(builder.CannotBuild, match="IDM_FAST_BUILD=cuda: compiling the CUDA extension failed: x.cpp:1: error"):
+        builder.build(ROOT / "csrc", machine / "objects", package, "_C.abi.so", *builder.decide("cuda"))
     assert [file.name for file in package.iterdir()] == ["_cuda.so"]
 
 
-def test_threads_build_as_ninja_does_and_report_the_first_error(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_build_as_ninja_does_and_report_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def job(name: str, script: str, depfile: bool) -> object:
         (tmp_path / "source").touch()
-        return build.Job(
-            tmp_path / name, [tmp_path / "source"], ["sh", "-c", script], tmp_path / "x.d" if depfile else None
-        )
+        return commands.Job(tmp_path / name, [tmp_path / "source"], ["sh", "-c", script], tmp_path / "x.d" if depfile else None)
 
     (tmp_path / "x.d").write_text("")
-    monkeypatch.setattr(build, "_ninja", lambda: None)
+    monkeypatch.setattr(run, "_ninja", lambda: None)
     link = job("c", f"cat '{tmp_path}/a' > '{tmp_path}/c'", False)
-    build.run_jobs([job("a", f"echo 1 > '{tmp_path}/a'", True), link], tmp_path)
+    run.run_jobs([job("a", f"echo 1 > '{tmp_path}/a'", True), link], tmp_path)
     assert (tmp_path / "c").read_text() == "1\n"
-    with pytest.raises(build.CannotBuild, match="a.cpp:3:1: error: expected"):
-        build.run_jobs([job("a", "echo context; echo 'a.cpp:3:1: error: expected'; exit 1", True), link], tmp_path)
+    with pytest.raises(builder.CannotBuild, match="a.cpp:3:1: error: expected"):
+        run.run_jobs([job("a", "echo context; echo 'a.cpp:3:1: error: expected'; exit 1", True), link], tmp_path)
 
 
-def test_this_machine_built_all_that_it_can(build: ModuleType) -> None:
+def test_this_machine_built_all_that_it_can() -> None:
     record = native.build_record()
     if record is None and not os.environ.get("CI"):
         pytest.skip("this checkout was never built; pip install -e .")
     assert record is not None, "in CI the package is installed, and so built"
     if record["mode"] != "auto":
         pytest.skip(f"built with IDM_FAST_BUILD={record['mode']}")
-    toolchain, expected = build.decide("auto")
+    toolchain, expected = builder.decide("auto")
     assert record["cpu"] == (toolchain is not None), record["why_not"]
     assert record["cuda"] == (toolchain is not None and toolchain.nvcc is not None), record["why_not"]
     assert native.load_cpu() is None or not record["cpu"], native.load_cpu()

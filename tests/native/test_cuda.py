@@ -20,6 +20,7 @@ import test_layer_norm as rows
 import test_project as projection
 import test_whole_model as whole
 import torch
+from builder import CannotBuild
 from parity import LAYOUTS, around_100, assert_parity, draw, run
 from test_whole_model import exact_convolutions
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,7 @@ def emulated_functions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ca
     given = os.environ.get("IDM_FAST_EMULATED")
     try:
         return emulated.functions(Path(given) if given else emulated.build(tmp_path_factory.mktemp("emulated")))
-    except emulated.build_script().CannotBuild as reason:
+    except CannotBuild as reason:
         pytest.skip(str(reason))
 
 
