@@ -51,19 +51,29 @@ from idm_fast.ops import registry
 COMPILED = (PLAIN, FLAT)
 """What torch.compile is tried on: the network as anyone would write it, and ours."""
 
+NHWC = (PLAIN, FLAT_KEPT)
+"""What is tried with weights, and so activations, in channels_last: there cuDNN's convolutions need no copies."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One contender: the way to train, what stands behind its ops (None: the automatic choice), whether it is compiled."""
+    """One contender: the way to train, what stands behind its ops (None: the automatic choice), whether it is compiled, and
+    whether its weights are in channels_last."""
 
     name: str
     implementation: str | None
     compiled: bool = False
+    channels_last: bool = False
 
     @property
     def label(self) -> str:
         ops = "" if self.name not in (*OURS, PLANNED) else f" ({self.implementation or 'automatic'} ops)"
-        return self.name + ops + (", compiled" if self.compiled else "")
+        return self.name + ops + (", channels_last" if self.channels_last else "") + (", compiled" if self.compiled else "")
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether gradients in just what is timed are held against the oracle by `_check`; the others are by `_fitting`."""
+        return not (self.compiled or self.channels_last or self.name == PLANNED)
 
 
 @case("How long does a training step take, and how much work is it?", seconds=(240, 2400))
@@ -144,8 +154,14 @@ def compare(
         if planned is not None:
             runs.append(Run(PLANNED, chosen))
             plan, counts[runs[-1]] = planned
+
+    def chosen_for(name: str) -> str | None:
+        return chosen if name in OURS else "reference"
+
+    if context.device == "cuda":
+        runs += [Run(name, chosen_for(name), channels_last=True) for name in NHWC if name in names]
     if extras:
-        runs += [Run(name, chosen if name in OURS else "reference", compiled=True) for name in COMPILED if name in names]
+        runs += [Run(name, chosen_for(name), compiled=True) for name in COMPILED if name in names]
     steps = _steps(context, result, what, setting, runs, autocast, plan)
     functions = {run.label: step for run, (step, _) in steps.items()}
     times = result.attempt(what, lambda: take_turns(functions, context.device, seconds, least=3)) or {}
@@ -186,7 +202,8 @@ def _steps(
 def _fitting(
     context: Context, run: Run, model: IDM, setting: Setting, autocast: torch.dtype | None, plan: Schedule | None
 ) -> tuple[Callable[[], None], int]:
-    network = _compiled(run, model, setting) if run.compiled else train_by(run.name, model, plan)
+    own = run.compiled or run.channels_last
+    network = _own_network(run, model, setting) if own else train_by(run.name, model, plan)
     batch = setting.batch
     while True:
         step = Step(network, setting.with_(batch=batch), context.device, autocast)
@@ -200,7 +217,7 @@ def _fitting(
         batch //= 2
         gc.collect()
         torch.cuda.empty_cache()
-    if run.compiled or run.name == PLANNED:  # the others were checked before, in what they are timed in
+    if not run.is_checked:
         twin = train_by(LEAN if run.name == PLANNED else run.name, model)
         plain = Step(twin, setting.with_(batch=batch), context.device, autocast)
         found = gradients_of(step)
@@ -221,14 +238,17 @@ def _has_memory_for(step: Callable[[], None], last: bool) -> bool:
     return True
 
 
-def _compiled(run: Run, model: IDM, setting: Setting) -> nn.Module:
-    """A network of its own with the weights of `model`, to be compiled at its first call."""
+def _own_network(run: Run, model: IDM, setting: Setting) -> nn.Module:
+    """A network of its own with the weights of `model`; one to be compiled is so at its first call."""
     own = IDM(steps=setting.steps, **setting.options)
     own.load_state_dict(model.state_dict())
+    if run.channels_last:
+        own.to(memory_format=torch.channels_last)
     if run.name in OURS:
         own.set_schedule(*OURS[run.name])
     network = own if run.name in OURS else train_by(run.name, own)
-    network.compile()
+    if run.compiled:
+        network.compile()
     return network
 
 

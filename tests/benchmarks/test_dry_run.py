@@ -78,6 +78,7 @@ def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "Setting", lambda *_: TINY)
     result = complete(training_step.training_step(QUICK), tmp_path)
     assert "published" in result.plots[0].title
+    assert sum("channels_last" in str(row[0]) for row in result.tables[0].rows) == len(training_step.NHWC)
 
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from idm_fast import IDM, BlockCompressedSensing
+from idm_fast.memory.count import count_step
 from idm_fast.models.convert import published_names
 
 SMALL = {"widths": (16, 32), "heads": 2, "norm_groups": 4, "attention": (True, True)}
@@ -82,6 +83,23 @@ def test_two_level_gives_the_gradients_of_store(keep: tuple[str, ...] | None, at
     for stored, recovered in zip(gradients["store"], gradients["two_level"], strict=True):
         # Some gradients are zero by symmetry (a bias before a norm); they stay below the rounding of all of them together.
         assert (recovered - stored).norm() <= 1e-9 * stored.norm() + 1e-14 * total
+
+
+@pytest.mark.parametrize("schedule", ["store", "flat", "two_level"])
+def test_channels_last_weights_give_the_same_gradients_without_copies_of_the_layout(schedule: str) -> None:
+    model = disturbed(small(schedule=schedule, attention=(True, True)).double())
+    physics = BlockCompressedSensing((32, 32), 0.25).double()
+    x = torch.rand(2, 1, 32, 32, dtype=torch.float64)
+    gradients, copies = [], []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=memory_format).zero_grad()
+        step = count_step(lambda: (model(physics.A(x), physics) - x).abs().mean(), model.parameters())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        copies.append(step.calls.get("aten.clone", 0))
+    total = torch.cat([g.flatten() for g in gradients[0]]).norm().item()
+    for contiguous, channels_last in zip(*gradients, strict=True):
+        assert (channels_last - contiguous).norm() <= 1e-9 * contiguous.norm() + 1e-14 * total
+    assert copies[1] < copies[0], "attention reads rows of pixels, which lie so already"
 
 
 ASKING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
