@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.case import Context
 from benchmarks.published import PublishedNetwork
 from idm_fast import IDM, BlockCompressedSensing
-from idm_fast.memory.count import StepCount, count_training_step
+from idm_fast.memory.count import AllocationCounter, StepCount, count_training_step
 from idm_fast.memory.planner import Planner
 from idm_fast.memory.schedule import Schedule
 from idm_fast.ops import registry
@@ -104,19 +104,21 @@ def count(
     as_reference: Collection[str] = (),
     plan: Schedule | None = None,
     as_on_cuda: bool = False,
+    counter: AllocationCounter | None = None,
 ) -> StepCount:
     """What a training step costs, under fake tensors.
 
     Args:
         as_reference: ops of ours that are counted operation by operation; the others are a launch each.
         as_on_cuda: with plain PyTorch's norms as CUDA's autocast runs them.
+        counter: one that counts more, in place of `AllocationCounter`.
     """
 
     def build() -> nn.Module:
         network = make(name, setting, plan)
         return norms_as_on_cuda(network) if as_on_cuda else network
 
-    return count_training_step(build, setting.batch, setting.size, RATIO, autocast, as_reference=as_reference)
+    return count_training_step(build, setting.batch, setting.size, RATIO, autocast, as_reference, counter)
 
 
 def count_as_on_a_cpu(setting: Setting) -> StepCount:

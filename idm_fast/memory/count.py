@@ -110,15 +110,20 @@ class AllocationCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = str(func)
         self.calls[name.rpartition(".")[0]] += 1
+        formula = flop_registry.get(func._overloadpacket)
+        flop = formula(*args, **kwargs, out_val=out) if formula else 0
+        self.flop += flop
         if not (func.is_view or name.startswith(_FREE_OF_CHARGE)):
             self.launches += 1
-        if func._overloadpacket in flop_registry:
-            self.flop += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            self.launched((args, kwargs), out, flop)
         written = [self._number(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if name.startswith("aten.add"):
             read = {self._number(leaf, born=False) for leaf in args if isinstance(leaf, Tensor)}
             self._parts.setdefault(written[0], set()).update(read)
         return out
+
+    def launched(self, inputs: Any, outputs: Any, flop: int) -> None:
+        """Called for every launch, with what it reads and what it returns; for subclasses that count more."""
 
     def _number(self, tensor: Tensor, born: bool = True) -> int:
         """Number of the tensor's storage; a storage seen first as an output was allocated by this op."""
@@ -165,6 +170,7 @@ def count_step(
     parameters: Iterable[Tensor],
     inputs: Iterable[Tensor] = (),
     as_reference: Collection[str] = (),
+    counter: AllocationCounter | None = None,
 ) -> StepCount:
     """Count `forward()` (which returns the loss) and its backward, under the fake tensor mode or for real.
 
@@ -172,9 +178,10 @@ def count_step(
         parameters: whose gradients are left out. They must have no gradient yet.
         inputs: tensors that exist before the step.
         as_reference: see `AllocationCounter`.
+        counter: one that counts more, new, in place of `AllocationCounter(as_reference)`.
     """
     parameters = list(parameters)
-    counter = AllocationCounter(as_reference)
+    counter = counter or AllocationCounter(as_reference)
     counter.ignore([*parameters, *inputs])
     with counter:
         loss = forward()
@@ -193,6 +200,7 @@ def count_training_step(
     ratio: float = 0.1,
     autocast: torch.dtype | None = torch.bfloat16,
     as_reference: Collection[str] = (),
+    counter: AllocationCounter | None = None,
 ) -> StepCount:
     """Count a training step of IDM: L1 loss on `batch` images of `size`², under fake tensors; setting S is (8, 256).
 
@@ -200,7 +208,7 @@ def count_training_step(
         size: a side, or height and width; multiples of 32.
         make_model: builds the IDM; called under the fake tensor mode, so that full size costs no memory.
         autocast: dtype, or None for float32.
-        as_reference: see `AllocationCounter`.
+        as_reference, counter: see `count_step`.
     """
     from idm_fast.physics import BlockCompressedSensing, measurements_per_block
 
@@ -220,4 +228,4 @@ def count_training_step(
             with context:
                 return (model(physics.A(x), physics) - x).abs().mean()
 
-        return count_step(forward, model.parameters(), (x, physics.matrix, physics.permutation), as_reference)
+        return count_step(forward, model.parameters(), (x, physics.matrix, physics.permutation), as_reference, counter)
