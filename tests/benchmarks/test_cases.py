@@ -148,5 +148,6 @@ def test_a_plot_claims_what_was_measured() -> None:
     result = Result()
     reversible_layers.add_figures(result, measured | {"settings": {"text": "a network"}})
     memory, time = (plot.title for plot in result.plots)
+    assert all(plot.baseline in {x for points in plot.lines.values() for x, _ in points} for plot in result.plots)
     assert "75 % less memory" in memory and "1.50 times as long" in time
     assert Measurement(f"peak {peers.OURS}", "bytes", [100]) in result.measurements

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,32 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     scaling.report(result, "size", "cpu", base, (32, 64), names, times, {key: found for key, found in counts.items() if found})
     assert table(result, "Time").rows[0][1:] == [times[PLAIN, 32], "not counted"]
     assert result.plots[1].title.startswith("At 64² the published training needs 2.00 times the memory of two_level")
+
+
+def test_a_timing_that_fails_leaves_the_rest_of_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = scaling.take_turns
+    result, base = Result(), Setting(1, 1, 32, NARROW)
+    settings = {size: base.with_(size=size) for size in (32, 64)}
+    counts = {(LEAN, size): known_count(LEAN, setting) for size, setting in settings.items()}
+
+    def take_turns(steps: dict[str, Any], *how: Any, **more: Any) -> dict[str, list[float]]:
+        if not result.failures:
+            raise torch.OutOfMemoryError("out of memory")
+        return turns(steps, *how, **more)
+
+    monkeypatch.setattr(scaling, "take_turns", take_turns)
+    assert set(scaling.step_times(CONTEXT, result, settings, (LEAN,), counts, None, 0.0)) == {(LEAN, 64)}
+    assert len(result.failures) == 1 and f"{settings[32]}: OutOfMemoryError" in result.failures[0]
+
+
+def test_what_channels_last_gives_is_not_said_to_be_ours() -> None:
+    result, Run = Result(), training_step.Run
+    plain, ours = Run(PLAIN, "reference"), Run(FLAT_KEPT, "cuda")
+    seconds = {plain: 4.0, replace(plain, channels_last=True): 2.0, Run(PUBLISHED, "reference"): 8.0, ours: 3.0}
+    seconds[replace(ours, channels_last=True)] = 1.0
+    training_step._report(result, "full width", Setting(), seconds, dict.fromkeys(seconds, 8), {})
+    title = result.plots[0].title
+    assert "0.12 times the published" in title and f"0.50 times that of {PLAIN}, channels_last" in title
 
 
 def test_scaling_says_which_sizes_a_cpu_does_not_time(monkeypatch: pytest.MonkeyPatch) -> None:
