@@ -136,13 +136,14 @@ def test_wheel_from_the_sdist_holds_the_package_and_what_was_built(tmp_path: Pat
         done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    files = [path for folder in ("idm_fast", "csrc") for path in (source / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(source).as_posix() for path in files}
     run("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=source)
     (sdist,) = tmp_path.glob("idm_fast-*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    files = [path for folder in ("idm_fast", "csrc") for path in (source / folder).rglob("*") if path.is_file()]
-    expected = {path.relative_to(source).as_posix() for path in files}
     built = {"idm_fast/_cuda.so", "csrc/_cuda.so", "idm_fast/_build.json"}
     assert expected - built <= names and not built & names
+    assert not [name for name in names if name.endswith(".pyc")]  # building imports csrc/builder
     # Without isolation nothing is downloaded; that it works also shows that building needs setuptools alone.
     wheel = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", str(tmp_path))
     run(*wheel, str(sdist), cwd=tmp_path)
