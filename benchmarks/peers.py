@@ -310,6 +310,7 @@ def forked(function: Callable[[], str]) -> str:
                 os.dup2(nothing.fileno(), 1)
                 os.dup2(nothing.fileno(), 2)
                 warnings.simplefilter("ignore")
+                torch.set_num_threads(1)  # OpenMP's threads stayed behind: to wait for them would be forever
                 try:
                     text = function()
                 except BaseException as error:
