@@ -124,6 +124,20 @@ def test_a_behaviour_that_ends_its_process_is_said_to_crash() -> None:
     assert peers.forked(lambda: "yes") == "yes"
 
 
+def test_a_forked_process_waits_for_no_thread_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "BEHAVIOUR_SECONDS", 20)
+    threads = torch.get_num_threads()
+
+    def answer() -> str:
+        return str(torch.ones(1 << 20).sum().item())
+
+    try:
+        torch.set_num_threads(2)
+        assert peers.forked(answer) == answer() == peers.forked(answer)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_allocated_counts_the_peak_and_what_was_freed() -> None:
     with peers.allocated("cpu") as peak:
         a = torch.empty(1000)
