@@ -8,9 +8,11 @@ and a report can be drawn again from the files alone.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -98,6 +100,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Parts that did not work, each with its reason; the rest of the result stands."""
+    fastest: dict[str, str] = field(default_factory=dict)
+    """Implementation by op, where the case has compared them."""
 
     def count(self, name: str, unit: str, value: float, better: str = "lower", exact: bool = True) -> float:
         """Record a figure that is the same in every run; with `exact=False` one that was measured once."""
@@ -136,16 +140,23 @@ class Result:
             plots,
             data["notes"],
             data["failures"],
+            data.get("fastest", {}),
         )
 
 
 @dataclass(frozen=True)
 class Context:
-    """How a case is run: "cpu" or "cuda", quickly (few sizes, few samples) or fully, and the seconds after which it ends."""
+    """How a case is run.
+
+    Attributes:
+        device: "cpu" or "cuda". quick: few sizes and samples. seconds: after which it ends.
+        fastest: a file with the implementations that were fastest here by an earlier case.
+    """
 
     device: str
     quick: bool
     seconds: float = float("inf")
+    fastest: Path | None = None
     begun: list[Result] = field(default_factory=list, compare=False)
 
     def new_result(self, **parts: Any) -> Result:
@@ -198,6 +209,12 @@ def case(
         return function
 
     return register
+
+
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """What the cases of a run have written into `folder`, by file name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [data for data in found if "case" in data]
 
 
 def load_cases() -> dict[str, Case]:

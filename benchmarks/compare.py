@@ -7,12 +7,11 @@ is missing in B fails as well, unless B did not run that case, or is so unlike A
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.case import Measurement, Result
+from benchmarks.case import Measurement, Result, read_run
 
 ENOUGH = 8
 """Samples from which on quartiles say something."""
@@ -139,12 +138,11 @@ def compare(before: Path, after: Path) -> tuple[list[Change], list[str], list[st
 
 
 def _read(folder: Path) -> dict[str, Run]:
-    files = sorted(folder.glob("*.json"))
-    if not files:
+    results = read_run(folder)
+    if not results:
         raise FileNotFoundError(f"{folder}: holds no results (*.json); run python -m benchmarks --out {folder}")
     found = {}
-    for file in files:
-        data = json.loads(file.read_text(encoding="utf-8"))
+    for data in results:
         machine = data["machine"]
         found[data["case"]] = Run(machine["device_name"], machine["threads"], data["quick"], Result.from_json(data["result"]))
     return found

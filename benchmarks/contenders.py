@@ -21,6 +21,7 @@ from idm_fast.memory.count import AllocationCounter, StepCount, count_training_s
 from idm_fast.memory.planner import Planner
 from idm_fast.memory.schedule import Schedule
 from idm_fast.ops import registry
+from idm_fast.ops.choice import Choice, OpByOp, read_choice
 
 PLAIN, CHECKPOINT, PUBLISHED = "plain autograd", "checkpoint per block", "published reversible"
 THEIRS = {PLAIN: "plain", CHECKPOINT: "checkpoint", PUBLISHED: "published"}
@@ -155,19 +156,31 @@ def missing_kernels(device: str) -> list[str]:
     return [f"{name}: {reason}" for name in kernels_for(device) if (reason := registry.load(name))]
 
 
-def ours_on(device: str) -> str | None:
-    """The choice of implementation that stands for this package's kernels on `device`: None, the automatic one, on a CPU.
+def choices(context: Context) -> list[str | OpByOp]:
+    """`implementations`, and where an earlier case has compared them, the fastest op by op."""
+    return [*implementations(context.device), *([read_choice(context.fastest)] if context.fastest else [])]
+
+
+def ours_on(context: Context) -> Choice:
+    """The choice of implementation that stands for this package's kernels: None, the automatic one, on a CPU.
 
     On a GPU no kernel is taken unasked yet, so that it has to be named; "reference" where there is none.
     """
-    return None if device == "cpu" else implementations(device)[-1]
+    return None if context.device == "cpu" else choices(context)[-1]
 
 
-def references(device: str, implementation: str | None) -> tuple[str, ...]:
-    """The ops that run as plain PyTorch on `device` under a choice of implementation (None: the automatic one)."""
-    if implementation is None:
-        return tuple(name for name, op in registry.OPS.items() if op.choose_by(None, device) == "reference")
-    return tuple(registry.OPS) if implementation == "reference" else ()
+def ours_by_environment(context: Context) -> dict[str, str]:
+    """The environment in which a process makes the choice of `ours_on`."""
+    if context.device == "cpu":
+        return {}
+    return {"IDM_FAST_IMPL": str(context.fastest or implementations(context.device)[-1])}
+
+
+def references(device: str, choice: Choice) -> tuple[str, ...]:
+    """The ops that run as plain PyTorch on `device` under a choice of implementation."""
+    if isinstance(choice, str):
+        return tuple(registry.OPS) if choice == "reference" else ()
+    return tuple(name for name, op in registry.OPS.items() if op.choose_by(choice, device) == "reference")
 
 
 @contextmanager
@@ -260,7 +273,7 @@ def check_gradients(context: Context, name: str) -> float:
     return error
 
 
-def check_in_use(context: Context, name: str, implementation: str | None, autocast: torch.dtype | None) -> float:
+def check_in_use(context: Context, name: str, implementation: Choice, autocast: torch.dtype | None) -> float:
     """As `check_gradients`, in what is timed: float32, autocast, and an implementation of the ops."""
     device = context.device
     with registry.use(implementation):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import Cell, Plot, Result, Table
+from benchmarks.case import Cell, Plot, Result, Table, read_run
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f", "#337ea9")
 BASELINE_COLOUR = "#37352f"
@@ -175,7 +174,7 @@ def write_page(folder: Path) -> Path:
     """`report.html` from every JSON of the folder, in the order of the cases."""
     from benchmarks.cases import ORDER
 
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found = read_run(folder)
     found.sort(key=lambda data: ORDER.index(data["case"]) if data["case"] in ORDER else len(ORDER))
     parts = ["<h1>idm-fast: benchmark report</h1>"]
     if sentence := differences(found):

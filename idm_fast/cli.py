@@ -19,6 +19,7 @@ from idm_fast.outputs import InputError
 from idm_fast.training.config import add_training_arguments
 
 INPUT_ERROR, INTERRUPTED, CUT_OFF = 2, 130, 141
+IMPLEMENTATIONS = ("auto", "cuda", "triton", "cpu", "reference")
 
 OVERVIEW = """\
 Reconstructs images from few linear measurements with Invertible Diffusion Models (IDM), and trains such networks.
@@ -105,6 +106,7 @@ BENCH_EXAMPLES = """\
 examples:
   idm-fast bench --device cpu --quick --out quick
   idm-fast bench --device cuda --only kernels inference --out results
+      leaves results/fastest.json: the fastest implementation of each operation here, for IDM_FAST_IMPL or --impl
   idm-fast bench list
   idm-fast bench compare before after
       exit code 1 when something got worse"""
@@ -268,9 +270,17 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     group.add_argument(
-        "--impl", choices=("auto", "cuda", "triton", "cpu", "reference"), default="auto",
-        help="implementation of the operations; see `idm-fast doctor` (default: %(default)s)",
+        "--impl", type=_implementation, metavar="NAME", default="auto",
+        help=f"implementation of the operations, one of {', '.join(IMPLEMENTATIONS)} (see `idm-fast doctor`), or the "
+        "fastest.json of a benchmark run on this machine, which names one for each (default: %(default)s)",
     )
+
+
+def _implementation(text: str) -> str:
+    if text not in IMPLEMENTATIONS and not text.endswith(".json"):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor the .json file of a benchmark run")
+    return text
 
 
 def _ratio(text: str) -> float:

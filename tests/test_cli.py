@@ -159,7 +159,8 @@ def test_any_ratio_overrides_what_the_weights_were_trained_for(capsys, weights, 
         (["--block_size", "30"], "multiple of 4"),
         (["--seed", "-1"], "is not in 0"),
         (["--channels", "ycbcr"], "invalid choice"),
-        (["--impl", "magic"], "invalid choice"),
+        (["--impl", "magic"], "'magic' is none of auto, cuda, triton, cpu, reference"),
+        (["--impl", "no_such_file.json"], "no_such_file.json: No such file"),
         (["--no_such_flag"], "unrecognized arguments"),
     ],
 )
@@ -176,6 +177,33 @@ def test_an_implementation_for_another_device_is_refused_before_any_work(capsys,
         refused(capsys, out, "no kernels for device cuda", "reconstruct", photo, "--weights", weights, "--impl", "cpu")
     finally:
         registry.use(before)
+
+
+@pytest.fixture
+def choice(tmp_path):
+    """Writes a choice op by op into a file, whose path it returns; afterwards the choice is what it was."""
+    before, path = registry.current_choice(), tmp_path / "fastest.json"
+
+    def write(**names):
+        path.write_text(json.dumps({"ops": names}))
+        return path
+
+    yield write
+    registry.use(before)
+
+
+def test_a_choice_op_by_op_is_taken_from_a_file(weights, photo, out, choice):
+    flags = ["--weights", weights, "--output_dir", out, "--impl", choice(geglu="reference", gram="reference")]
+    assert main(["reconstruct", str(photo), *map(str, flags)]) == 0
+    assert registry.OPS["gram"].named_in(registry.current_choice()) == "reference"
+    assert registry.OPS["couple"].named_in(registry.current_choice()) is None
+
+
+def test_a_choice_op_by_op_with_an_op_for_another_device_is_refused(capsys, weights, photo, out, choice, monkeypatch):
+    monkeypatch.setitem(registry.OPS["geglu"].implementations, "cuda", (lambda h: h, ("cuda",)))
+    monkeypatch.setattr(registry, "load", lambda name: None)
+    flags = ["--weights", weights, "--impl", choice(geglu="cuda", gram="reference")]
+    refused(capsys, out, "no kernels for device cpu", "reconstruct", photo, *flags)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -372,6 +400,15 @@ def test_doctor_goes_on_when_a_part_is_broken(monkeypatch, capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "broken: ZeroDivisionError" in printed and "measure" in printed
+
+
+def test_doctor_says_how_to_choose_on_a_gpu(monkeypatch):
+    from idm_fast.commands import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert any("bench --device cuda --quick --only kernels" in line for line in doctor._operations())
+    with registry.use("reference"):
+        assert not any("--only kernels" in line for line in doctor._operations()), "a choice was made"
 
 
 @pytest.mark.parametrize("command", ["train", "reconstruct", "evaluate"])

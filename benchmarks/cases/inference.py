@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
-from benchmarks.contenders import implementations, missing_kernels
+from benchmarks.contenders import choices, missing_kernels
 from benchmarks.timing import take_turns
 from idm_fast import IDM, BlockCompressedSensing, ops
 from idm_fast.evaluation.ddnm import adm_unet, ddnm
+from idm_fast.ops.choice import Choice
 
 PUBLISHED_FACTOR = 14.54
 IDM_CALLS, DDNM_CALLS = 3, 100
@@ -157,7 +158,7 @@ def ways(
     steps = DDNM_CALLS if on_gpu and not context.quick else 10 if on_gpu else 1
 
     @torch.no_grad()
-    def reconstruct(dtype: torch.dtype | None = None, implementation: str | None = None, model: Any = idm) -> Tensor:
+    def reconstruct(dtype: torch.dtype | None = None, implementation: Choice = None, model: Any = idm) -> Tensor:
         with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None), ops.use(implementation):
             return model(y, physics)
 
@@ -182,7 +183,7 @@ def ways(
         found["DDNM, bfloat16"] = lambda: by_ddnm(bf16)
     if on_gpu:
         found["DDNM, float32, through the CPU"] = lambda: by_ddnm(through_cpu=True)
-    for name in implementations(device):
+    for name in choices(context):
         whose = "eager" if name == "reference" else f"{name} ops"
         found[f"{IN_FLOAT32}, {whose}"] = lambda name=name: by_idm(partial(reconstruct, None, name))
         if "DDNM, bfloat16" not in found:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
 from benchmarks.contenders import missing_kernels
+from benchmarks.fastest import FILE, fastest, speedups
 from benchmarks.timing import copy_bandwidth, matrix_rate, take_turns
 from idm_fast import BlockCompressedSensing, kernels, ops
 from idm_fast.kernels.cost import Cost, size
@@ -246,6 +247,7 @@ def run(context: Context) -> Result:
     rows: list[list[Cell]] = []
     roofs: dict[str, list[tuple[Cell, float]]] = {}
     gains: dict[str, list[tuple[Cell, float]]] = {}
+    by_op: dict[tuple[str, str], dict[str, float]] = {}
     chosen = levels(context)
     for level in chosen:
         given_to = result.attempt(f"arguments at {level}", lambda level=level: arguments(level, context.device)) or {}
@@ -261,6 +263,8 @@ def run(context: Context) -> Result:
                 weight_of(name, given).fill_(1)  # then inverting again and again gives the same numbers
             samples = take_turns(ready, context.device, 0.1 if context.quick else 0.5, flush=True)
             times = {who: result.samples(f"{label} {who}", "s", samples[who]).median for who in ready}
+            by_op[name, str(level)] = {who: t for who, t in times.items() if who in OPS[name].implementations}
+            result.fastest = fastest(by_op)
             for who, t in times.items():
                 of_copy, of_matrix = cost.bytes / t / bandwidth, cost.flop / t / rate
                 gain = times["reference"] / t if "reference" in times else float("nan")
@@ -282,6 +286,9 @@ def run(context: Context) -> Result:
             + ("The GPU's cache is emptied before each sample." if context.device == "cuda" else "Above 100 %: from cache."),
         )
     )
+    note = f"Over the shapes above. To run them: IDM_FAST_IMPL=DIR/{FILE}, with DIR the folder of this run."
+    best: list[list[Cell]] = [list(row) for row in speedups(by_op, result.fastest)]
+    result.tables.append(Table("The fastest of each op here", ["op", "implementation", "× eager"], best, note))
     _add_plots(result, chosen[0], roofs, gains)
     return result
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,14 +22,18 @@ from benchmarks.contenders import (
     Setting,
     Step,
     check_gradients,
+    check_in_use,
     count,
     count_as_on_a_cpu,
     counters,
     make,
+    ours_on,
     plan_for,
     references,
 )
 from idm_fast.memory.count import GIB, StepCount
+from idm_fast.ops import registry
+from idm_fast.ops.choice import Choice
 
 CLAIM = 0.938
 """What the paper says its training saves "by up to"."""
@@ -37,7 +42,20 @@ SPARE = 3 * GIB
 """Of a GPU's memory, for parameters, gradients and the libraries' own buffers."""
 QUESTION = "How much memory do activations take in training, and which setting saves the paper's 93.8 %?"
 Points = list[tuple[Cell, float]]
+Key = TypeVar("Key", bound=tuple)
 Counts = dict[tuple[str, Setting], StepCount]
+
+
+class OnGpu(NamedTuple):
+    """What is measured on a GPU: a way to train, its setting, and what stands behind the ops where it is ours."""
+
+    name: str
+    setting: Setting
+    choice: Choice
+
+    @property
+    def label(self) -> str:
+        return self.name + (f" ({self.choice} ops)" if self.name in OURS else "")
 
 
 @case(QUESTION, seconds=(240, 1800))
@@ -76,11 +94,12 @@ def compare(
     with counters() as submit:
         # The longest first, so that no core waits for them at the end.
         pending = {key: submit(count, *key) for key in sorted(wanted, key=lambda key: -key[1].steps)}
-        eager_ops, chosen_ops = (references(context.device, choice) for choice in ("reference", None))
         slow = [] if context.quick else [(name, base) for name in ours]
-        eager_pending = {key: submit(count, *key, as_reference=eager_ops) for key in slow}
-        gpu_keys = [(name, setting) for setting in on_gpu for name in right]
-        gpu_pending = {key: submit(count, *key, as_reference=chosen_ops, as_on_cuda=True) for key in gpu_keys}
+        eager_pending = {key: submit(count, *key, as_reference=references(context.device, "reference")) for key in slow}
+        gpu_pending = {
+            key: submit(count, *key[:2], as_reference=references(context.device, key.choice), as_on_cuda=True)
+            for key in (_runs_on_gpu(context, result, right, on_gpu) if on_gpu else ())
+        }
         lost = None if context.quick else submit(count_as_on_a_cpu, base)
         counts, eager, on_gpu_counts = (_collected(result, futures) for futures in (pending, eager_pending, gpu_pending))
         single = {name: counts[name, base] for name in right if (name, base) in counts}
@@ -103,7 +122,7 @@ def compare(
     return result
 
 
-def _collected(result: Result, pending: dict[tuple[str, Setting], Future[StepCount]]) -> Counts:
+def _collected(result: Result, pending: Mapping[Key, Future[StepCount]]) -> dict[Key, StepCount]:
     found = {key: result.attempt(f"{key[0]}, {key[1]}", future.result) for key, future in pending.items()}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -215,18 +234,31 @@ def _settings_on_gpu(context: Context, base: Setting) -> list[Setting]:
     return [base.with_(batch=b) for b in sorted({batch} if context.quick else {batch, base.batch})]
 
 
-def _measured(result: Result, counts: Counts) -> None:
-    """Peaks on this GPU beside the counted ones, with the implementations of the ops that are in use there."""
+def _runs_on_gpu(context: Context, result: Result, names: Sequence[str], settings: Sequence[Setting]) -> list[OnGpu]:
+    """Ours with plain PyTorch and with this package's kernels, where those compute the same gradients."""
+    choices = dict.fromkeys(["reference", ours_on(context)])
+    pairs = [(name, choice) for name in names for choice in (choices if name in OURS else ["reference"])]
+
+    def right(name: str, choice: Choice) -> bool:
+        check_in_use(context, name, choice, torch.bfloat16)
+        return True
+
+    pairs = [pair for pair in pairs if result.attempt(f"{pair[0]} ({pair[1]} ops)", lambda pair=pair: right(*pair))]
+    return [OnGpu(name, setting, choice) for setting in settings for name, choice in pairs]
+
+
+def _measured(result: Result, counts: Mapping[OnGpu, StepCount]) -> None:
+    """Peaks on this GPU beside the counted ones."""
     free = torch.cuda.mem_get_info()[0] - SPARE
     rows: list[list[Cell]] = []
     errors: list[float] = []
-    for (name, setting), counted in counts.items():
-        row: list[Cell] = [name, str(setting), counted.peak_bytes / GIB, counted.peak_with_gradients / GIB]
+    for run, counted in counts.items():
+        row: list[Cell] = [run.label, str(run.setting), counted.peak_bytes / GIB, counted.peak_with_gradients / GIB]
         if counted.peak_with_gradients > free:
             rows.append([*row, "does not fit", ""])
             continue
-        what = f"measured peak with gradients: {name}, {setting}"
-        found = result.attempt(what, lambda name=name, setting=setting: peak_on_gpu(name, setting))
+        what = f"measured peak with gradients: {run.label}, {run.setting}"
+        found = result.attempt(what, lambda run=run: peak_on_gpu(run))
         if found is not None:
             errors.append((found - counted.peak_with_gradients) / counted.peak_bytes)
             rows.append([*row, found / GIB, f"{errors[-1]:+.1%}"])
@@ -239,19 +271,20 @@ def _measured(result: Result, counts: Counts) -> None:
     result.tables.append(Table("Counted and measured peaks", columns, rows, note))
 
 
-def peak_on_gpu(name: str, setting: Setting) -> int:
+def peak_on_gpu(run: OnGpu) -> int:
     """Bytes at the peak of a training step above parameters and data."""
     gc.collect()
     torch.cuda.empty_cache()
     with torch.device("cuda"):
-        network = make(name, setting)
-    step = Step(network, setting, "cuda", torch.bfloat16)
-    step()  # the libraries' workspaces are allocated once
-    network.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
+        network = make(run.name, run.setting)
+    step = Step(network, run.setting, "cuda", torch.bfloat16)
+    with registry.use(run.choice):
+        step()  # the libraries' workspaces are allocated once
+        network.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import Cell, Context, Plot, Result, Table, case
+from benchmarks.contenders import ours_on
 from idm_fast import IDM
 from idm_fast.demo import write_photographs
 from idm_fast.evaluation.protocol import ImageResult, averages, evaluate
 from idm_fast.images import list_images
+from idm_fast.ops import registry
 from idm_fast.pretrained import load_weights
 
 MOST_DIFFERENCE = 0.02
@@ -78,6 +80,8 @@ def run(context: Context) -> Result:
     columns = ["images", "number", "dtype", "PSNR (dB)", "SSIM", "PSNR of Aᵀy (dB)", "s an image", "s an image, first"]
     title = f"Measured: {'tiny weights of the package' if weights is None else Path(weights).name}, {size:.2f} M parameters"
     note = "Seconds: median over the images, and the first, which warms up."
+    if context.device == "cuda":
+        note += f" Ops: {ours_on(context)}."
     if moved:
         note += f" bfloat16 moves the PSNR of the same images by {max(moved):.3f} dB at most; {MOST_DIFFERENCE} are allowed."
     result.tables.append(Table(title, columns, rows, note))
@@ -112,7 +116,8 @@ def scores(
 ) -> list[ImageResult]:
     """The published protocol, under autocast unless in float32."""
     lower = DTYPES[dtype]
-    with torch.autocast(context.device, lower or torch.bfloat16, enabled=lower is not None):
+    autocast = torch.autocast(context.device, lower or torch.bfloat16, enabled=lower is not None)
+    with autocast, registry.use(ours_on(context)):
         return evaluate(model, paths, ratio, block_size, device=context.device)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Cell, Context, NotHere, Plot, Result, Table, case
+from benchmarks.contenders import ours_by_environment
 from benchmarks.peers import BEHAVIOURS, CHECKPOINT, OURS, PLAIN, WHO
 
 VERSIONS = {"memcnn": "1.5.2", "revlib": "1.7.2", "RevTorch": "0.2.4", "momentumnet": "0.10"}
@@ -29,7 +30,8 @@ def run(context: Context) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result.attempt("the libraries", lambda: install(folder))
-        measured = result.attempt("measuring", lambda: child(folder, "measure", context.device, mode(context)))
+        by = ours_by_environment(context)
+        measured = result.attempt("measuring", lambda: child(folder, "measure", context.device, mode(context), **by))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             running = {who: pool.submit(child, folder, "behaviours", who) for who in here(folder)}
             answers = {who: result.attempt(who, future.result) for who, future in running.items()}
@@ -64,9 +66,9 @@ def install(folder: Path) -> None:
         raise NotHere(f"left out: pip could not install {', '.join(VERSIONS)} (no network?)")
 
 
-def child(folder: Path, *arguments: str) -> Any:
+def child(folder: Path, *arguments: str, **environment: str) -> Any:
     """What `python -m benchmarks.peers` prints, with the folder's packages; RuntimeError with its last words."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path, str(folder)]))
+    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join([*sys.path, str(folder)])}
     if arguments[0] == "behaviours":  # several at a time: threads of one would wait for cores that another holds
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]

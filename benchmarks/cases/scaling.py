@@ -34,6 +34,7 @@ from benchmarks.timing import take_turns
 from idm_fast import IDM
 from idm_fast.memory.count import GIB, StepCount
 from idm_fast.ops import registry
+from idm_fast.ops.choice import Choice
 
 NAMES = (PLAIN, PUBLISHED, LEAN)
 AXES = {
@@ -56,7 +57,7 @@ QUESTION = "How do time and memory grow with image size and T, and what do two p
 @case(QUESTION, seconds=(180, 1800), quick=("cuda",))
 def scaling(context: Context) -> Result:
     """Full width at batch 1 on a GPU; on a CPU a narrow network."""
-    result, full, choice = context.new_result(), not context.quick, ours_on(context.device)
+    result, full, choice = context.new_result(), not context.quick, ours_on(context)
     base, autocast = (Setting(3, 1, 256), torch.bfloat16) if context.device == "cuda" else (Setting(1, 1, 64, SMALL), None)
     sizes, steps = AXES[context.device, context.quick]
     seconds = 60.0 if full else 4.0
@@ -83,7 +84,7 @@ def scaling(context: Context) -> Result:
     return result
 
 
-def with_ops(choice: str | None, step: Step) -> Callable[[], None]:
+def with_ops(choice: Choice, step: Step) -> Callable[[], None]:
     def once() -> None:
         with registry.use(choice):
             step()
@@ -103,7 +104,7 @@ def step_times(
     counts: Mapping[tuple[str, int], StepCount | None],
     autocast: torch.dtype | None,
     seconds: float,
-    choice: str | None = None,
+    choice: Choice = None,
 ) -> dict[tuple[str, int], float]:
     """Median seconds of a step, by name and key of `settings`, where memory suffices; `seconds` for all of them together."""
     free = torch.cuda.mem_get_info()[0] - SPARE if context.device == "cuda" else float("inf")
@@ -172,7 +173,7 @@ def processes(
     base: Setting,
     autocast: torch.dtype | None,
     seconds: float,
-    choice: str | None = None,
+    choice: Choice = None,
 ) -> None:
     """DistributedDataParallel around two_level: images a second with one process and with two, each with its own batch.
 
@@ -218,7 +219,7 @@ def _train_process(
     device: str,
     setting: Setting,
     autocast: torch.dtype | None,
-    choice: str | None,
+    choice: Choice,
     seconds: float,
     threads: int,
     folder: str,

@@ -31,6 +31,7 @@ from benchmarks.contenders import (
     allowed_error,
     check_gradients,
     check_in_use,
+    choices,
     count,
     counters,
     gradients_of,
@@ -47,6 +48,7 @@ from idm_fast.memory.count import GIB, StepCount
 from idm_fast.memory.schedule import Schedule
 from idm_fast.models.idm import TINY
 from idm_fast.ops import registry
+from idm_fast.ops.choice import Choice
 
 COMPILED = (PLAIN, FLAT)
 """What torch.compile is tried on: the network as anyone would write it, and ours."""
@@ -61,7 +63,7 @@ class Run:
     whether its weights are in channels_last."""
 
     name: str
-    implementation: str | None
+    implementation: Choice
     compiled: bool = False
     channels_last: bool = False
 
@@ -99,8 +101,8 @@ def training_step(context: Context) -> Result:
 def compare_ops(context: Context, result: Result, seconds: float) -> None:
     """A step of `IDM.tiny` under its default schedule with each implementation behind the ops, in turns."""
     setting, what = Setting(3, 2, 96, TINY), "IDM.tiny"
-    choices: list[str | None] = [*implementations(context.device), None]
-    if len(choices) < 3:
+    tried: list[str | None] = [*implementations(context.device), None]
+    if len(tried) < 3:
         return
     step = Step(IDM(steps=setting.steps, **setting.options), setting, context.device, None)
 
@@ -110,10 +112,10 @@ def compare_ops(context: Context, result: Result, seconds: float) -> None:
 
     under("reference")
     expected = gradients_of(step)
-    for choice in choices:
+    for choice in tried:
         under(choice)
         context.check(f"{what}: the gradient, {choice or 'automatic'} ops", total_error(gradients_of(step), expected), SINGLE)
-    times = take_turns({choice or "automatic": partial(under, choice) for choice in choices}, context.device, seconds, least=3)
+    times = take_turns({choice or "automatic": partial(under, choice) for choice in tried}, context.device, seconds, least=3)
     medians = {n: result.samples(f"{what}: {n} ops, {setting}", "s", times[n]).median for n in times}
     rows: list[list[Cell]] = [[n, value, medians["reference"] / value] for n, value in medians.items()]
     note = f"Medians of {len(times['reference'])} turns, {torch.get_num_threads()} threads."
@@ -136,8 +138,8 @@ def compare(
     With `extras` a planned one and compiled ones too, and ours with every implementation of the ops; without, the references
     are left out where there are other implementations, and on a CPU all but the automatic choice.
     """
-    ops: list[str | None] = [*implementations(context.device)]
-    chosen = ours_on(context.device)
+    ops: list[Choice] = [*choices(context)]
+    chosen = ours_on(context)
     if len(ops) > 1:
         ops = [*(ops if extras else ops[1:] if context.device == "cuda" else []), None]
     runs = [Run(name, choice) for name in names for choice in (ops if name in OURS else ["reference"])]
@@ -155,7 +157,7 @@ def compare(
             runs.append(Run(PLANNED, chosen))
             plan, counts[runs[-1]] = planned
 
-    def chosen_for(name: str) -> str | None:
+    def chosen_for(name: str) -> Choice:
         return chosen if name in OURS else "reference"
 
     if context.device == "cuda":

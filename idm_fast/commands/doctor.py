@@ -108,10 +108,18 @@ def _native() -> Iterable[str]:
 
 def _operations() -> Iterable[str]:
     yield f"IDM_FAST_IMPL is {os.environ.get('IDM_FAST_IMPL') or 'not set'}"
+    import torch
+
     from idm_fast.ops import missing, report
+    from idm_fast.ops.registry import current_choice
 
     for name, reason in missing().items():
         yield f"{name} is missing: {reason}"
+    if torch.cuda.is_available() and current_choice() is None:
+        yield (
+            "cuda runs as plain PyTorch unasked; `idm-fast bench --device cuda --quick --only kernels --out DIR` finds what is "
+            "fastest on this GPU, IDM_FAST_IMPL=DIR/fastest.json runs by it"
+        )
     for row in report():
         others = [name for name in row.available if name != row.implementation]
         also = f"; also here: {', '.join(others)}" if others else ""

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 
 from idm_fast.models.idm import IDM
-from idm_fast.ops.registry import OPS, use
+from idm_fast.ops.choice import OpByOp
+from idm_fast.ops.registry import OPS, current_choice, use
 from idm_fast.outputs import InputError
 from idm_fast.pretrained import load_weights
 
@@ -23,11 +24,19 @@ def open_network(arguments: argparse.Namespace) -> tuple[IDM, torch.device]:
             use(arguments.impl)
         except RuntimeError as error:
             raise InputError(f"--impl {arguments.impl}: {error}") from error
-        if not any(op.serves(arguments.impl, device.type) for op in OPS.values() if arguments.impl in op.implementations):
-            raise InputError(f"--impl {arguments.impl}: it has no kernels for device {device.type}; choose another of either")
+        _require_kernels_for(device, arguments.impl)
     model = load_weights(arguments.weights, arguments.step_number)
     cast(torch.nn.Module, model).to(device)  # diffusers types its own `to` wrongly
     return model, device
+
+
+def _require_kernels_for(device: torch.device, flag: str) -> None:
+    """InputError unless what was chosen serves `device`: for some op, or where it names ops, for each of them."""
+    choice = current_choice()
+    named = [(op, name) for op in OPS.values() if (name := op.named_in(choice)) in op.implementations]
+    served = [op.serves(name, device.type) for op, name in named if name]
+    if not (all(served) if isinstance(choice, OpByOp) else any(served)):
+        raise InputError(f"--impl {flag}: it has no kernels for device {device.type}; choose another of either")
 
 
 def choose_device(name: str) -> str:

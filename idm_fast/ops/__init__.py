@@ -10,7 +10,8 @@ from idm_fast.ops.injector import inject_couple, inject_read, inject_read_throug
 from idm_fast.ops.layer_norm import layer_norm
 from idm_fast.ops.native import load_cpu
 from idm_fast.ops.projection import adjoint, gram, measure, project_step
-from idm_fast.ops.registry import choose_from_environment, missing, report, use
+from idm_fast.ops.registry import choose_from_environment, missing, use
+from idm_fast.ops.report import report
 
 load_cpu()
 choose_from_environment()

@@ -13,12 +13,14 @@ import functools
 import logging
 import os
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from idm_fast.ops.choice import Choice, OpByOp, read_choice
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Automatic order of choice. An implementation that a benchmark does not justify is not registered for automatic use."""
@@ -59,7 +61,7 @@ class Implementations(UserDict[str, tuple[Callable[..., Any], tuple[str, ...] | 
     """
 
     def __init__(self) -> None:
-        self.chosen: dict[tuple[int, str | None], Callable[..., Any]] = {}
+        self.chosen: dict[tuple[int, Choice], Callable[..., Any]] = {}
         super().__init__()
 
     def __setitem__(self, name: str, item: tuple[Callable[..., Any], tuple[str, ...] | None]) -> None:
@@ -115,10 +117,15 @@ class Op:
         """Name of the implementation that serves `device_type`; RuntimeError when the explicit choice cannot."""
         return self.choose_by(_choice, device_type)
 
-    def choose_by(self, choice: str | None, device_type: str) -> str:
+    def named_in(self, choice: Choice) -> str | None:
+        """The implementation that `choice` names for this op; None: the automatic one."""
+        return choice.names.get(self.name) if isinstance(choice, OpByOp) else choice
+
+    def choose_by(self, choice: Choice, device_type: str) -> str:
         """As `choose`, with this explicit choice (None: the automatic one)."""
-        if choice is not None:
-            return self._explicit(choice, device_type)
+        named = self.named_in(choice)
+        if named is not None:
+            return self._explicit(named, device_type)
         for name in ORDER:
             if self.automatic(name, device_type):
                 if name in self.implementations and self.serves(name, device_type):
@@ -129,9 +136,8 @@ class Op:
 
     def runs_reference(self, device_type: str) -> bool:
         """Whether plain PyTorch is what serves this op's calls there, by the explicit choice in force or the automatic one."""
-        if _choice is not None:
-            return _choice == "reference"
-        return self.choose_by(None, device_type) == "reference"
+        named = self.named_in(_choice)
+        return (named or self.choose_by(None, device_type)) == "reference"
 
     def serves(self, name: str, device_type: str) -> bool:
         devices = self.implementations[name][1]
@@ -152,7 +158,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_choice: str | None = None
+_choice: Choice = None
 
 
 def define_op(
@@ -315,19 +321,21 @@ def log_missing(name: str, op: str) -> None:
 
 
 class use:
-    """Choose the implementation of every op: `use("reference")`, or `with use("reference"): ...`; `use(None)` is automatic.
+    """Choose the implementations of the ops: `use("reference")`, or `with use("reference"): ...`; `use(None)` is automatic.
 
-    Raises RuntimeError at once when no op has that implementation here, and at the call of an op that lacks it.
-    The choice is one for the process, as torch.backends' flags are; a reversible replay puts back the choice of its forward.
+    Args:
+        choice: an implementation for every op, one of `ORDER`; or a mapping from op to implementation, where the ops that it
+            leaves out keep the automatic choice; or the path of a .json file with such a mapping (`read_choice`).
+
+    Raises RuntimeError at once when no op has that implementation here (of a mapping: when one op lacks its own), and at the
+    call of an op that lacks it. The choice is one for the process, as torch.backends' flags are; a reversible replay puts back
+    the choice of its forward.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, choice: Choice | Mapping[str, str] | os.PathLike[str]) -> None:
         global _choice
-        load(name)
-        if name is not None and not any(name in op.implementations for op in OPS.values()):
-            raise RuntimeError(f"implementation {name!r} cannot be used: {missing_reason(name)}")
         self._previous = _choice
-        _choice = name
+        _choice = _usable(choice)
 
     def __enter__(self) -> use:
         return self
@@ -337,7 +345,33 @@ class use:
         _choice = self._previous
 
 
-def current_choice() -> str | None:
+def _usable(choice: Choice | Mapping[str, str] | os.PathLike[str]) -> Choice:
+    """`choice` once it is known that it can be had here."""
+    if isinstance(choice, os.PathLike) or (isinstance(choice, str) and choice.endswith(".json")):
+        choice = read_choice(choice)
+    elif isinstance(choice, Mapping):
+        choice = OpByOp.make(choice)
+    if isinstance(choice, OpByOp):
+        _require_all(choice)
+        return choice
+    load(choice)
+    if choice is not None and not any(choice in op.implementations for op in OPS.values()):
+        raise RuntimeError(f"implementation {choice!r} cannot be used: {missing_reason(choice)}")
+    return choice
+
+
+@functools.cache  # a replay and a timed call come here each time
+def _require_all(choice: OpByOp) -> None:
+    """RuntimeError unless every op that `choice` names has its implementation here."""
+    for op, name in choice.names.items():
+        if op not in OPS:
+            raise RuntimeError(f"{choice}: there is no op {op!r}; known are {', '.join(OPS)}")
+        load(name)
+        if name not in OPS[op].implementations:
+            raise RuntimeError(f"{choice}: idm_fast::{op} has no {name!r} implementation here: {missing_reason(name)}")
+
+
+def current_choice() -> Choice:
     """The explicit choice in force, or None for automatic."""
     return _choice
 
@@ -350,42 +384,3 @@ def choose_from_environment() -> None:
             use(name)
         except RuntimeError as error:
             raise RuntimeError(f"environment variable IDM_FAST_IMPL={name}: {error}") from None
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One line of `idm-fast doctor`: which implementation of an op serves a device type, and why."""
-
-    op: str
-    device: str
-    implementation: str
-    reason: str
-    available: tuple[str, ...]
-
-
-def report(device_types: tuple[str, ...] | None = None) -> Iterator[ReportRow]:
-    """Rows for `idm-fast doctor`, for the device types of this machine."""
-    if device_types is None:
-        device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    for name in device_types:
-        load(name)
-    load("triton")
-    for op in OPS.values():
-        for device in device_types:
-            available = tuple(name for name in ORDER if name in op.implementations and op.serves(name, device))
-            try:
-                implementation = op.choose(device)
-            except RuntimeError as error:
-                yield ReportRow(op.name, device, "none", str(error), available)
-                continue
-            automatic = [name for name in available if op.automatic(name, device)]
-            if _choice is not None:
-                reason = f"chosen explicitly ({_choice})"
-            elif len(available) == 1:
-                reason = "the only one here"
-            elif len(automatic) == 1:
-                slower = [name for name in available if (name, op.name) in MEASURED_SLOWER]
-                reason = f"{slower[0]} measured slower" if slower else "the only one that is taken unasked"
-            else:
-                reason = f"first available of {', '.join(ORDER)}"
-            yield ReportRow(op.name, device, implementation, reason, available)

@@ -17,6 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
 
 from idm_fast.ops import registry
+from idm_fast.ops.choice import Choice
 from idm_fast.reversible import casts
 
 
@@ -71,7 +72,7 @@ class ReplayContext:
 
     autocast: AutocastState
     random: RandomState | None
-    implementation: str | None
+    implementation: Choice
     weight_casts: casts.Casts | None
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from test_training_cases import NARROW, in_this_process, known_count
 
 from benchmarks import __main__ as suite
 from benchmarks import contenders, machine, report
-from benchmarks.case import Context, Result
+from benchmarks.case import Case, Context, Result
 from benchmarks.cases import attention, inference, kernels, memory, quality, scaling, training_step
 from benchmarks.contenders import Setting
 from idm_fast import IDM
 from idm_fast.evaluation.ddnm import adm_unet
+from idm_fast.ops.choice import read_choice
+from idm_fast.ops.registry import OPS
 
 QUICK = Context("cuda", True)
 TINY = Setting(2, 2, 32, NARROW)
@@ -67,17 +70,22 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is counted is known for the published setting; what is measured is a narrow network.
     monkeypatch.setattr(memory, "_settings_on_gpu", lambda context, base: [base])
     peak = memory.peak_on_gpu
-    monkeypatch.setattr(memory, "peak_on_gpu", lambda name, setting: peak(name, TINY))
+    monkeypatch.setattr(memory, "peak_on_gpu", lambda run: peak(run._replace(setting=TINY)))
     result = complete(memory.memory(QUICK), tmp_path)
     measured = result.tables[-1]
-    assert measured.title == "Counted and measured peaks" and len(measured.rows) == len(contenders.CONTENDERS)
+    assert measured.title == "Counted and measured peaks"
+    assert len(measured.rows) == len(contenders.THEIRS) + 2 * len(contenders.OURS), "ours with plain PyTorch and with kernels"
 
 
 @pytest.mark.slow
 def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "Setting", lambda *_: TINY)
-    result = complete(training_step.training_step(QUICK), tmp_path)
+    path = tmp_path / "fastest_here.json"
+    path.write_text('{"ops": {"geglu": "reference"}}')
+    result = complete(training_step.training_step(replace(QUICK, fastest=path)), tmp_path)
     assert "published" in result.plots[0].title
+    rows = [str(row[0]) for row in result.tables[0].rows]
+    assert {"ours, two_level (fastest_here.json ops)", "ours, flat + attention kept (fastest_here.json ops)"} <= set(rows)
     assert sum("channels_last" in str(row[0]) for row in result.tables[0].rows) == len(training_step.NHWC)
 
 
@@ -97,7 +105,25 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "COMPILED_QUICKLY", ())
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: [1e12])
     monkeypatch.setattr(kernels, "matrix_rate", lambda device, dtype: [1e14])
-    complete(kernels.run(QUICK), tmp_path)
+    result = complete(kernels.run(QUICK), tmp_path)
+    assert set(result.fastest) == set(OPS) and len(result.tables[-1].rows) == len(OPS)
+
+
+def test_what_was_fastest_is_handed_to_the_cases_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Context] = []
+
+    def compares(context: Context) -> Result:
+        seen.append(context)
+        return Result(fastest={"geglu": "reference"})
+
+    cases = {name: Case(name, "?", compares, ("cuda",), (1, 1)) for name in ("kernels", "inference")}
+    monkeypatch.setattr(suite, "load_cases", lambda: cases)
+    for name in cases:
+        assert suite.main(["--device", "cuda", "--one", name, "--out", str(tmp_path)]) == 0
+    first, second = (context.fastest for context in seen)
+    assert first is None and second is not None
+    choice = read_choice(second)
+    assert choice.names == {"geglu": "reference"} and str(choice) == "fastest.json, measured on a pretended GPU"
 
 
 def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

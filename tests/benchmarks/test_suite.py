@@ -78,9 +78,9 @@ def test_quality_is_not_exact() -> None:
 
 def test_peaks_on_a_gpu_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
-    monkeypatch.setattr(memory, "peak_on_gpu", lambda name, setting: 110)
-    result = Result()
-    memory._measured(result, {("a schedule", "a setting"): SimpleNamespace(peak_bytes=90, peak_with_gradients=100)})
+    monkeypatch.setattr(memory, "peak_on_gpu", lambda run: 110)
+    result, run = Result(), memory.OnGpu("a schedule", memory.Setting(), "reference")
+    memory._measured(result, {run: SimpleNamespace(peak_bytes=90, peak_with_gradients=100)})
     assert [(m.samples, m.exact) for m in result.measurements] == [([110], False)]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.case import Context, NotHere, Result, Table
 from benchmarks.cases import memory, scaling, training_step
+from benchmarks.cases.memory import OnGpu
 from benchmarks.contenders import CHECKPOINT, FLAT, FLAT_KEPT, LEAN, PLAIN, PUBLISHED, Setting
 from idm_fast.memory.count import GIB, StepCount
 
@@ -176,9 +177,10 @@ def test_memory_on_a_gpu_is_measured_where_plain_autograd_fits_and_compared(monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (25 * GIB, 25 * GIB))
     assert memory._settings_on_gpu(Context("cuda", True), base) == [base.with_(batch=4)]
     assert memory._settings_on_gpu(Context("cuda", False), base) == [base.with_(batch=4), base]
-    monkeypatch.setattr(memory, "peak_on_gpu", lambda name, setting: int(1.02 * known_count(name, setting).peak_bytes))
-    result = Result()
-    memory._measured(result, {(PLAIN, base): known_count(PLAIN, base), (LEAN, base): known_count(LEAN, base)})
+    monkeypatch.setattr(memory, "peak_on_gpu", lambda run: int(1.02 * known_count(run.name, run.setting).peak_bytes))
+    result, runs = Result(), [OnGpu(PLAIN, base, "reference"), OnGpu(LEAN, base, "triton")]
+    memory._measured(result, {run: known_count(run.name, run.setting) for run in runs})
     plain, lean = result.tables[0].rows
+    assert (plain[0], lean[0]) == (PLAIN, f"{LEAN} (triton ops)")
     assert plain[-2:] == ["does not fit", ""] and lean[-1] == "+2.0%"
     assert "is 2.0%" in result.tables[0].note

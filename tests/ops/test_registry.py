@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,88 @@ def test_an_added_implementation_is_taken_automatically_and_reported(monkeypatch
     assert (row.implementation, row.available) == ("cpu", ("cpu", "reference"))
     with ops.use("cpu"), pytest.raises(RuntimeError, match="idm_fast::couple has no 'cpu' implementation here"):
         ops.couple(h, h, torch.ones(1))
+
+
+@pytest.fixture
+def geglu_of_seven(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """An argument of geglu, for which its "cpu" implementation returns 7 and the reference 0."""
+    monkeypatch.setitem(registry.OPS["geglu"].implementations, "cpu", (lambda h: torch.full_like(h[..., ::2], 7.0), ("cpu",)))
+    return torch.zeros(2, 4)
+
+
+def test_a_mapping_chooses_op_by_op_and_leaves_the_others_automatic(
+    monkeypatch: pytest.MonkeyPatch, geglu_of_seven: torch.Tensor
+) -> None:
+    h = geglu_of_seven
+    automatic = registry.OPS["couple"].choose("cpu")
+    with ops.use({"geglu": "reference"}):
+        assert (ops.geglu(h) == 0).all() and registry.OPS["couple"].choose("cpu") == automatic
+        assert registry.OPS["geglu"].runs_reference("cpu")
+        with ops.use({"geglu": "cpu", "couple": "reference"}):
+            assert (ops.geglu(h) == 7).all() and registry.OPS["couple"].choose("cpu") == "reference"
+            assert not registry.OPS["geglu"].runs_reference("cpu")
+        assert (ops.geglu(h) == 0).all()
+    assert (ops.geglu(h) == 7).all()
+
+
+def test_equal_mappings_are_one_choice() -> None:
+    """What is remembered by choice does not grow with every `with use({...})`."""
+    op = registry.OPS["geglu"]
+    for _ in range(3):
+        with ops.use({"geglu": "reference", "couple": "reference"}):
+            ops.geglu(torch.zeros(2, 4))
+            remembered = len(op.implementations.chosen)
+        with ops.use({"couple": "reference", "geglu": "reference"}):
+            ops.geglu(torch.zeros(2, 4))
+        assert len(op.implementations.chosen) == remembered
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"conjure": "reference"}, "there is no op 'conjure'; known are .*couple, "),
+        ({"couple": "quick"}, "couple has no 'quick' implementation here: unknown implementation; known are cuda"),
+    ],
+)
+def test_a_mapping_that_cannot_be_met_is_refused_and_changes_nothing(names: dict[str, str], message: str) -> None:
+    with ops.use("reference"):
+        with pytest.raises(RuntimeError, match=message):
+            ops.use(names)
+        assert registry.current_choice() == "reference"
+
+
+def test_a_file_chooses_op_by_op_and_is_named_in_the_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, geglu_of_seven: torch.Tensor
+) -> None:
+    path = tmp_path / "fastest.json"
+    path.write_text('{"device": "a processor", "ops": {"geglu": "reference"}}')
+    assert (ops.geglu(geglu_of_seven) == 7).all()
+    monkeypatch.setattr(registry, "_choice", None)
+    monkeypatch.setenv("IDM_FAST_IMPL", str(path))
+    registry.choose_from_environment()
+    assert (ops.geglu(geglu_of_seven) == 0).all()
+    reasons = {row.op: row.reason for row in ops.report(("cpu",))}
+    assert reasons.pop("geglu") == "chosen explicitly (fastest.json, measured on a processor)"
+    assert not any("explicitly" in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "expected"),
+        ('{"ops": {}}', "expected"),
+        ('{"ops": {"couple": 1}}', "expected"),
+    ],
+)
+def test_a_file_that_holds_no_choice_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "fastest.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RuntimeError, match=rf"fastest\.json: {message}"):
+        ops.use(path)
+    assert registry.current_choice() is None
 
 
 @pytest.mark.parametrize(("value", "choice"), [("reference", "reference"), ("auto", None), ("", None)])
