@@ -118,9 +118,17 @@ class Result:
         try:
             return function()
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
-            self.failures.append(f"{what}: {type(error).__name__}: {first_line}")
+            self.failed(what, error)
             return None
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Write a failure down."""
+        first_line = (str(error).strip().splitlines() or ["no message"])[0]
+        self.failures.append(f"{what}: {type(error).__name__}: {first_line}")
+
+    def failed_at(self, where: str) -> Callable[[str, Exception], None]:
+        """What writes down that someone failed there."""
+        return lambda who, error: self.failed(f"{where}, {who}", error)
 
     def as_json(self) -> dict[str, Any]:
         data = asdict(self)

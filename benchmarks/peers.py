@@ -368,6 +368,10 @@ def measure(device: str, quick: bool) -> dict[str, dict[str, Any]]:
     steps: dict[str, Callable[[], Any]] = {}
     settings = f"{depth} bodies (GroupNorm, SiLU, 3×3 convolution) of {channels} channels, batch {batch}, {side}²"
 
+    def failed(who: str, problem: Exception) -> None:
+        message = str(problem).strip().splitlines() or ["without a word"]
+        found[who] = {"failure": f"{type(problem).__name__}: {message[0]}"}
+
     for who in (PLAIN, *WHO):
         try:
             bodies = [body.to(device) for body in make_bodies(channels, depth)]
@@ -387,9 +391,8 @@ def measure(device: str, quick: bool) -> dict[str, dict[str, Any]]:
             found[who] = {"peak": peak[0] - parameters, "error": error}
             steps[who] = step
         except Exception as problem:
-            message = str(problem).strip().splitlines() or ["without a word"]
-            found[who] = {"failure": f"{type(problem).__name__}: {message[0]}"}
-    for who, samples in take_turns(steps, device, 3 if quick else 30, least=5).items():
+            failed(who, problem)
+    for who, samples in take_turns(steps, device, 3 if quick else 30, least=5, failed=failed).items():
         found[who]["seconds"] = samples
     found["settings"] = {"text": settings}
     return found

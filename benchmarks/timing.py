@@ -22,6 +22,7 @@ def take_turns(
     least: int = LEAST_SAMPLES,
     most: int = 200,
     flush: bool = False,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call of every contender.
 
@@ -30,11 +31,23 @@ def take_turns(
         seconds: after this long the round in progress is the last, if there were `least` rounds.
         most: rounds at most.
         flush: on a GPU, empty the cache before every sample.
+        failed: is told who raised what; that contender then leaves, with its samples. Without it the exception goes on.
     """
-    for function in contenders.values():
-        function()
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush and device == "cuda" else None
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def call(name: str) -> float | None:
+        try:
+            return _seconds(contenders[name], device, scratch)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            del samples[name]
+            return None
+
+    for name in contenders:
+        call(name)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -43,8 +56,10 @@ def take_turns(
         for turn in range(most):
             if turn >= least and time.perf_counter() - started > seconds:
                 break
-            for name, function in contenders.items():
-                samples[name].append(_seconds(function, device, scratch))
+            for name in [*samples]:
+                sample = call(name)
+                if sample is not None:
+                    samples[name].append(sample)
     finally:
         if enabled:
             gc.enable()

@@ -43,13 +43,14 @@ def compare(context: Context, sizes: tuple[tuple[int, int], ...], batch: int) ->
         inputs, d = tensors(batch, tokens, head_dim, device)
         errors = {name: result.attempt(f"{name}, {size}", partial(checked, context, name, inputs, d)) for name in KERNELS}
         right = [name for name, error in errors.items() if error is not None]
-        seconds = 1.0 if context.quick else 10.0
-        forward = take_turns({name: partial(forward_only, name, inputs) for name in right}, context.device, seconds)
-        both = take_turns({name: partial(under, name, inputs, d) for name in right}, context.device, seconds)
+        how = {"seconds": 1.0 if context.quick else 10.0, "failed": result.failed_at(size)}
+        turns = partial(take_turns, device=context.device, **how)
+        forward = turns({name: partial(forward_only, name, inputs) for name in right})
+        both = turns({name: partial(under, name, inputs, d) for name in forward})
         times: dict[str, float] = {}
         # Multiply-adds of 2 FLOP: q kᵀ and p v forward, five such products backward.
         flop = 3.5 * 4 * batch * HEADS * tokens**2 * head_dim
-        for name in right:
+        for name in both:
             once = result.samples(f"{name} forward, {size}", "s", forward[name]).median
             times[name] = result.samples(f"{name} forward and backward, {size}", "s", both[name]).median
             rate = flop / times[name] / 1e12

@@ -131,10 +131,11 @@ def measure(
         result.attempt(f"{who}, {label}", check)
     seconds = 2.0 if context.quick else 20.0
     least = 5 if device == "cuda" else 1 if context.quick or size > 128 else 3
-    samples = take_turns({who: way.function for who, way in ready.items()}, device, seconds, least=least)
+    functions = {who: way.function for who, way in ready.items()}
     found = {}
-    for who, way in ready.items():
-        times = [way.times * t for t in samples[who]]
+    for who, samples in take_turns(functions, device, seconds, least=least, failed=result.failed_at(label)).items():
+        way = ready[who]
+        times = [way.times * t for t in samples]
         found[who] = (way, result.samples(f"{who}, {label}", "s", times).median)
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -261,8 +261,10 @@ def run(context: Context) -> Result:
             cost = cost_of(name, given, run_once(name, OPS[name].implementations["reference"][0], given))
             if OPS[name].overload._schema.is_mutable:
                 weight_of(name, given).fill_(1)  # then inverting again and again gives the same numbers
-            samples = take_turns(ready, context.device, 0.1 if context.quick else 0.5, flush=True)
-            times = {who: result.samples(f"{label} {who}", "s", samples[who]).median for who in ready}
+            samples = take_turns(
+                ready, context.device, 0.1 if context.quick else 0.5, flush=True, failed=result.failed_at(label)
+            )
+            times = {who: result.samples(f"{label} {who}", "s", samples[who]).median for who in samples}
             by_op[name, str(level)] = {who: t for who, t in times.items() if who in OPS[name].implementations}
             result.fastest = fastest(by_op)
             for who, t in times.items():

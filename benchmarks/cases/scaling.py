@@ -121,8 +121,8 @@ def step_times(
                 step = with_ops(choice, Step(train_by(name, model), setting, context.device, autocast))
                 if result.attempt(f"{name}, {setting}", lambda step=step: (step(), True)) is not None:
                     steps[name] = step
-        turns = partial(take_turns, steps, context.device, seconds / len(settings), least=2)
-        for name, samples in (result.attempt(str(setting), turns) or {}).items():
+        failed = result.failed_at(f"{setting}, timing")
+        for name, samples in take_turns(steps, context.device, seconds / len(settings), least=2, failed=failed).items():
             times[name, value] = result.samples(f"{name}, {setting}", "s", samples).median
     return times
 

@@ -166,7 +166,7 @@ def compare(
         runs += [Run(name, chosen_for(name), compiled=True) for name in COMPILED if name in names]
     steps = _steps(context, result, what, setting, runs, autocast, plan)
     functions = {run.label: step for run, (step, _) in steps.items()}
-    times = result.attempt(what, lambda: take_turns(functions, context.device, seconds, least=3)) or {}
+    times = take_turns(functions, context.device, seconds, least=3, failed=result.failed_at(f"{what}, timing"))
     batches = {run: batch for run, (_, batch) in steps.items() if run.label in times}
     for run, batch in batches.items():
         result.samples(f"{what}: {run.label}, {setting.with_(batch=batch)}", "s", times[run.label])

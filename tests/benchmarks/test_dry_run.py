@@ -50,8 +50,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def few_samples(take_turns: Callable[..., Any]) -> Callable[..., Any]:
-    def once(functions: Any, device: str, seconds: float, least: int = 1, flush: bool = False) -> Any:
-        return take_turns(functions, device, 0.0, least=1)
+    def once(functions: Any, device: str, seconds: float, failed: Any = None, **how: Any) -> Any:
+        return take_turns(functions, device, 0.0, least=1, failed=failed)
 
     return once
 

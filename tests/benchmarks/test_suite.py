@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,27 @@ def test_contenders_take_turns() -> None:
     samples = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", seconds=0, least=3)
     assert order == list("ab" + "ababab")
     assert [len(s) for s in samples.values()] == [3, 3]
+
+
+def test_a_contender_that_fails_leaves_and_the_others_go_on() -> None:
+    calls: list[str] = []
+
+    def falls(at: int) -> Callable[[], None]:
+        def function() -> None:
+            calls.append(f"falls at {at}")
+            if calls.count(f"falls at {at}") == at:
+                raise torch.OutOfMemoryError("CUDA out of memory\n…")
+
+        return function
+
+    contenders = {"at once": falls(1), "stays": lambda: calls.append("stays"), "later": falls(3)}
+    result = Result()
+    samples = take_turns(contenders, "cpu", seconds=0, least=4, failed=result.failed_at("64²"))
+    assert {who: len(times) for who, times in samples.items()} == {"stays": 4}
+    assert result.failures == [f"64², {who}: OutOfMemoryError: CUDA out of memory" for who in ("at once", "later")]
+    assert (calls.count("falls at 1"), calls.count("falls at 3")) == (1, 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        take_turns({"falls": falls(2)}, "cpu", seconds=0)
 
 
 def test_samples_are_seconds() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from benchmarks.case import Context, NotHere, Result, Table
 from benchmarks.cases import memory, scaling, training_step
 from benchmarks.cases.memory import OnGpu
-from benchmarks.contenders import CHECKPOINT, FLAT, FLAT_KEPT, LEAN, PLAIN, PUBLISHED, Setting
+from benchmarks.contenders import CHECKPOINT, FLAT, FLAT_KEPT, LEAN, PLAIN, PUBLISHED, Setting, Step
 from idm_fast.memory.count import GIB, StepCount
 
 CONTEXT = Context("cpu", True)
@@ -120,19 +121,23 @@ def test_scaling_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_timing_that_fails_leaves_the_rest_of_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = scaling.take_turns
     result, base = Result(), Setting(1, 1, 32, NARROW)
     settings = {size: base.with_(size=size) for size in (32, 64)}
     counts = {(LEAN, size): known_count(LEAN, setting) for size, setting in settings.items()}
 
-    def take_turns(steps: dict[str, Any], *how: Any, **more: Any) -> dict[str, list[float]]:
-        if not result.failures:
-            raise torch.OutOfMemoryError("out of memory")
-        return turns(steps, *how, **more)
+    def with_ops(choice: str | None, step: Step) -> Callable[[], None]:
+        calls = count()
 
-    monkeypatch.setattr(scaling, "take_turns", take_turns)
+        def once() -> None:
+            if next(calls) == 2 and step.x.shape[-1] == 32:
+                raise torch.OutOfMemoryError("out of memory")
+            step()
+
+        return once
+
+    monkeypatch.setattr(scaling, "with_ops", with_ops)
     assert set(scaling.step_times(CONTEXT, result, settings, (LEAN,), counts, None, 0.0)) == {(LEAN, 64)}
-    assert len(result.failures) == 1 and f"{settings[32]}: OutOfMemoryError" in result.failures[0]
+    assert result.failures == [f"{settings[32]}, timing, {LEAN}: OutOfMemoryError: out of memory"]
 
 
 def test_what_channels_last_gives_is_not_said_to_be_ours() -> None:
