@@ -158,7 +158,10 @@ def missing_kernels(device: str) -> list[str]:
 
 def choices(context: Context) -> list[str | OpByOp]:
     """`implementations`, and where an earlier case has compared them, the fastest op by op."""
-    return [*implementations(context.device), *([read_choice(context.fastest)] if context.fastest else [])]
+    found: list[str | OpByOp] = [*implementations(context.device)]
+    if context.fastest:
+        found.append(OpByOp.make(read_choice(context.fastest).names, "fastest"))
+    return found
 
 
 def ours_on(context: Context) -> Choice:

@@ -69,8 +69,9 @@ def install(folder: Path) -> None:
 def child(folder: Path, *arguments: str, **environment: str) -> Any:
     """What `python -m benchmarks.peers` prints, with the folder's packages; RuntimeError with its last words."""
     environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join([*sys.path, str(folder)])}
-    if arguments[0] == "behaviours":  # several at a time: threads of one would wait for cores that another holds
-        environment["OMP_NUM_THREADS"] = "1"
+    if arguments[0] == "behaviours":
+        environment["OMP_NUM_THREADS"] = "1"  # several run at a time: threads of one would wait for cores that another holds
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, each in a fork, where the compiler may not ask for a GPU
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)

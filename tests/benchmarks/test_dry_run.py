@@ -85,7 +85,7 @@ def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = complete(training_step.training_step(replace(QUICK, fastest=path)), tmp_path)
     assert "published" in result.plots[0].title
     rows = [str(row[0]) for row in result.tables[0].rows]
-    assert {"ours, two_level (fastest_here.json ops)", "ours, flat + attention kept (fastest_here.json ops)"} <= set(rows)
+    assert {"ours, two_level (fastest ops)", "ours, flat + attention kept (fastest ops)"} <= set(rows)
     assert sum("channels_last" in str(row[0]) for row in result.tables[0].rows) == len(training_step.NHWC)
 
 
