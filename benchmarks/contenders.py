@@ -106,6 +106,7 @@ def count(
     plan: Schedule | None = None,
     as_on_cuda: bool = False,
     counter: AllocationCounter | None = None,
+    threads: int = 0,
 ) -> StepCount:
     """What a training step costs, under fake tensors.
 
@@ -113,13 +114,14 @@ def count(
         as_reference: ops of ours that are counted operation by operation; the others are a launch each.
         as_on_cuda: with plain PyTorch's norms as CUDA's autocast runs them.
         counter: one that counts more, in place of `AllocationCounter`.
+        threads: `resident_threads` of the GPU whose scratch memory is counted too.
     """
 
     def build() -> nn.Module:
         network = make(name, setting, plan)
         return norms_as_on_cuda(network) if as_on_cuda else network
 
-    return count_training_step(build, setting.batch, setting.size, RATIO, autocast, as_reference, counter)
+    return count_training_step(build, setting.batch, setting.size, RATIO, autocast, as_reference, counter, threads)
 
 
 def count_as_on_a_cpu(setting: Setting) -> StepCount:

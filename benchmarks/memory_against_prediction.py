@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from idm_fast import IDM, BlockCompressedSensing
-from idm_fast.memory.count import StepCount, count_step, count_training_step
+from idm_fast.memory.count import StepCount, count_step, count_training_step, resident_threads
 from idm_fast.ops import registry
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -75,7 +75,11 @@ def compare(setting: Setting, device: torch.device, schedules: dict[str, dict[st
         options = setting.options | schedule
         shape = setting.batch, setting.size
         predicted = count_training_step(
-            lambda options=options: IDM(**options), *shape, autocast=setting.autocast, as_reference=references
+            lambda options=options: IDM(**options),
+            *shape,
+            autocast=setting.autocast,
+            as_reference=references,
+            threads=resident_threads(device),
         )
         yield Comparison(name, predicted, measure(setting, options, device, references))
 

@@ -31,7 +31,7 @@ from benchmarks.contenders import (
     plan_for,
     references,
 )
-from idm_fast.memory.count import GIB, StepCount
+from idm_fast.memory.count import GIB, StepCount, resident_threads
 from idm_fast.ops import registry
 from idm_fast.ops.choice import Choice
 
@@ -96,8 +96,11 @@ def compare(
         pending = {key: submit(count, *key) for key in sorted(wanted, key=lambda key: -key[1].steps)}
         slow = [] if context.quick else [(name, base) for name in ours]
         eager_pending = {key: submit(count, *key, as_reference=references(context.device, "reference")) for key in slow}
+        threads = resident_threads(torch.device(context.device))
         gpu_pending = {
-            key: submit(count, *key[:2], as_reference=references(context.device, key.choice), as_on_cuda=True)
+            key: submit(
+                count, *key[:2], as_reference=references(context.device, key.choice), as_on_cuda=True, threads=threads
+            )
             for key in (_runs_on_gpu(context, result, right, on_gpu) if on_gpu else ())
         }
         lost = None if context.quick else submit(count_as_on_a_cpu, base)

@@ -81,17 +81,52 @@ class StepCount:
         )
 
 
+def resident_threads(device: torch.device) -> int:
+    """How many threads a GPU runs at a time; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    gpu = torch.cuda.get_device_properties(device)
+    return int(gpu.multi_processor_count * gpu.max_threads_per_multi_processor)
+
+
+def column_sum_scratch(rows: int, columns: int, element_size: int, threads: int) -> int:
+    """Bytes that PyTorch's CUDA kernel allocates to sum the rows of a dense (rows, columns) matrix, as a bias' gradient does.
+
+    Where the columns alone don't fill the GPU, several blocks share a column and hand partial sums on through memory, of
+    which the kernel takes as much for each column as its block needs for all of its own: 132 MiB on an H100, whatever the
+    matrix (ReduceConfig in PyTorch's Reduce.cuh).
+
+    Args:
+        element_size: in bytes; partial sums have 4, of float64 8.
+        threads: of `resident_threads`; 0 for none of this.
+    """
+    while rows * columns * element_size >= 2**31:  # summed in halves, whose indices have 32 bits
+        rows = (rows + 1) // 2
+    vector = next(n for n in (4, 2, 1) if columns % n == 0)
+    lanes = min(1 << max(columns // vector, 1).bit_length() - 1, 32)
+    most = 512 // vector
+    height = min(1 << max(rows, 1).bit_length() - 1, most // lanes)
+    values = -(-rows // height)
+    at_once = threads // (lanes * height)
+    blocks = -(-columns // vector // lanes)
+    if values < 256 or not 0 < blocks <= at_once:
+        return 0
+    shared_by = max(min(-(-at_once // blocks), -(-values // 16)), -(-values // 256))
+    return max(4, element_size) * columns * shared_by * lanes * vector if shared_by > 1 else 0
+
+
 class AllocationCounter(TorchDispatchMode):
     """Record every storage that ops allocate, from birth to death, and every op.
 
     Args:
         as_reference: ops of idm_fast to run as their plain-PyTorch references, op by op with their temporaries; any other is
             one launch that allocates its outputs, which is what a fused kernel does.
+        threads: that the GPU runs at a time whose library's scratch memory is counted too (`column_sum_scratch`); 0 for none.
     """
 
-    def __init__(self, as_reference: Collection[str] = ()) -> None:
+    def __init__(self, as_reference: Collection[str] = (), threads: int = 0) -> None:
         super().__init__()
-        self._as_reference = as_reference
+        self._as_reference, self._threads = as_reference, threads
         self._events: list[tuple[int, int]] = []
         """(storage number, signed bytes), in order."""
         self._sizes: list[int] = []
@@ -120,7 +155,17 @@ class AllocationCounter(TorchDispatchMode):
         if name.startswith("aten.add"):
             read = {self._number(leaf, born=False) for leaf in args if isinstance(leaf, Tensor)}
             self._parts.setdefault(written[0], set()).update(read)
+        if self._threads and func is torch.ops.aten.sum.dim_IntList:
+            self._scratch(*args)
         return out
+
+    def _scratch(self, x: Tensor, dims: list[int] | None, *_: Any) -> None:
+        """What a sum over all dimensions but the last takes while it runs."""
+        if dims and {d % x.ndim for d in dims} == set(range(x.ndim - 1)) and x.is_contiguous():
+            columns = x.shape[-1]
+            size = column_sum_scratch(x.numel() // max(columns, 1), columns, x.element_size(), self._threads)
+            self._sizes.append(size)
+            self._events += [(len(self._sizes) - 1, size), (len(self._sizes) - 1, -size)]
 
     def launched(self, inputs: Any, outputs: Any, flop: int) -> None:
         """Called for every launch, with what it reads and what it returns; for subclasses that count more."""
@@ -171,17 +216,18 @@ def count_step(
     inputs: Iterable[Tensor] = (),
     as_reference: Collection[str] = (),
     counter: AllocationCounter | None = None,
+    threads: int = 0,
 ) -> StepCount:
     """Count `forward()` (which returns the loss) and its backward, under the fake tensor mode or for real.
 
     Args:
         parameters: whose gradients are left out. They must have no gradient yet.
         inputs: tensors that exist before the step.
-        as_reference: see `AllocationCounter`.
-        counter: one that counts more, new, in place of `AllocationCounter(as_reference)`.
+        as_reference, threads: see `AllocationCounter`.
+        counter: one that counts more, new, in place of `AllocationCounter(as_reference, threads)`.
     """
     parameters = list(parameters)
-    counter = counter or AllocationCounter(as_reference)
+    counter = counter or AllocationCounter(as_reference, threads)
     counter.ignore([*parameters, *inputs])
     with counter:
         loss = forward()
@@ -201,6 +247,7 @@ def count_training_step(
     autocast: torch.dtype | None = torch.bfloat16,
     as_reference: Collection[str] = (),
     counter: AllocationCounter | None = None,
+    threads: int = 0,
 ) -> StepCount:
     """Count a training step of IDM: L1 loss on `batch` images of `size`², under fake tensors; setting S is (8, 256).
 
@@ -208,7 +255,7 @@ def count_training_step(
         size: a side, or height and width; multiples of 32.
         make_model: builds the IDM; called under the fake tensor mode, so that full size costs no memory.
         autocast: dtype, or None for float32.
-        as_reference, counter: see `count_step`.
+        as_reference, counter, threads: see `count_step`.
     """
     from idm_fast.physics import BlockCompressedSensing, measurements_per_block
 
@@ -228,4 +275,5 @@ def count_training_step(
             with context:
                 return (model(physics.A(x), physics) - x).abs().mean()
 
-        return count_step(forward, model.parameters(), (x, physics.matrix, physics.permutation), as_reference, counter)
+        inputs = x, physics.matrix, physics.permutation
+        return count_step(forward, model.parameters(), inputs, as_reference, counter, threads)

@@ -119,6 +119,7 @@ class Planner:
         autocast: dtype, or None.
         on_count: called after each count, for a progress bar; `counts` says how many there will be at least.
         as_reference: the ops that run as plain PyTorch, operation by operation; the others are a launch each.
+        threads: `resident_threads` of the GPU that it is for; 0 counts no scratch memory of PyTorch's.
     """
 
     counts = len(KINDS) + 2
@@ -132,9 +133,10 @@ class Planner:
         autocast: torch.dtype | None = torch.bfloat16,
         on_count: Callable[[], object] = lambda: None,
         as_reference: Collection[str] = (),
+        threads: int = 0,
     ) -> None:
         self._make_model, self._autocast, self._on_count = make_model, autocast, on_count
-        self._as_reference = tuple(as_reference)
+        self._as_reference, self._threads = tuple(as_reference), threads
         self._batch, self._size, self._ratio = batch, size, ratio
         self._costs: tuple[list[StepCost], int] | None = None
 
@@ -146,7 +148,9 @@ class Planner:
             model.plan = schedule
             return model
 
-        count = count_training_step(make, self._batch, self._size, self._ratio, self._autocast, self._as_reference)
+        count = count_training_step(
+            make, self._batch, self._size, self._ratio, self._autocast, self._as_reference, threads=self._threads
+        )
         self._on_count()
         return count
 

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from idm_fast.memory.count import resident_threads
 from idm_fast.memory.planner import Planner, options_of, parse_bytes
 from idm_fast.memory.schedule import Schedule, keep_for, schedule_for
 from idm_fast.models import convert
@@ -241,7 +242,8 @@ class IDM(ModelMixin, ConfigMixin):
             def make_model(steps: int) -> IDM:
                 return type(self)(**options | {"steps": steps})
 
-            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast, as_reference=plain)
+            gpu = resident_threads(aty.device)
+            planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast, as_reference=plain, threads=gpu)
             plan = planner.plan(len(self.v), budget)
             self._planned[key] = plan.schedule
             logging.getLogger(__name__).info("batch %d, %d×%d: %s; %s", *key[:3], plan.choice, plan.count)

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from idm_fast import IDM
-from idm_fast.memory.count import GIB, AllocationCounter, StepCount, count_step, count_training_step
+from idm_fast.memory.count import (
+    GIB,
+    AllocationCounter,
+    StepCount,
+    column_sum_scratch,
+    count_step,
+    count_training_step,
+    resident_threads,
+)
 
 KIB = 1024
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
@@ -96,6 +104,59 @@ def test_flop_of_attention() -> None:
     count = count_step(lambda: F.scaled_dot_product_attention(q, k, v).sum(), [q, k, v])
     product = 2 * B * heads * N * N * d
     assert count.flop == 2 * product + 5 * product  # backward forms the scores again, then four gradients
+
+
+H100 = 132 * 2048
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "element_size", "allocated"),
+    [
+        (16_384, 2560, 2, 132.5),
+        (4_096, 5120, 2, 132.5),
+        (131_072, 5120, 2, 320.0),
+        (131_072, 5120, 4, 160.0),  # in two halves of 2^31 bytes at most
+        (131_072, 2560, 8, 265.0),
+        (1_000_000, 322, 8, 38.52),
+        (1_000_000, 1280, 2, 305.63),
+        (8, 2560, 2, 0.0),
+        (16_384, 300_000, 2, 0.0),
+    ],
+)
+def test_scratch_of_row_sums_is_what_an_h100_allocates(rows: int, columns: int, element_size: int, allocated: float) -> None:
+    """MiB that PyTorch 2.11's allocator hands out on a GPU of that many threads whose kernels do nothing (tests/hollow_gpu)."""
+    assert column_sum_scratch(rows, columns, element_size, H100) / 2**20 == pytest.approx(allocated, abs=0.01)
+    assert column_sum_scratch(rows, columns, element_size, threads=0) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(16_384, 2560), (4_096, 5120), (4_097, 322), (131_072, 5120), (8, 320)])
+def test_scratch_of_row_sums_is_what_this_gpu_allocates(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x = torch.zeros(rows, columns, device="cuda", dtype=dtype)
+    x.sum(0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x.sum(0)
+    found = torch.cuda.max_memory_allocated() - before
+    expected = column_sum_scratch(rows, columns, x.element_size(), resident_threads(x.device))
+    assert abs(found - expected) <= 1.01 * 2**20  # the output, and what a block of the allocator may be too large by
+
+
+def test_scratch_of_a_bias_gradient_is_counted_where_a_gpu_is_named() -> None:
+    x, w, c = torch.zeros(4096, 64), torch.zeros(320, 64), torch.ones(4096, 320)
+
+    def on(threads: int) -> StepCount:
+        b = torch.zeros(320, requires_grad=True)
+        return count_step(lambda: (F.linear(x, w, b) * c).sum(), [b], [x, w, c], threads=threads)
+
+    none, some = on(0), on(H100)
+    scratch, h = column_sum_scratch(4096, 320, 4, H100), c.nbytes
+    assert scratch == 2 * h
+    # In forward two tensors like c. Where the rows of the output's gradient are summed, that, the scratch and b's gradient.
+    assert 2 * h <= none.peak_bytes <= 2 * h + 2 * KIB
+    assert scratch + h <= some.peak_bytes <= scratch + h + 2 * KIB
+    assert some.held_bytes == none.held_bytes and some.launches == none.launches
 
 
 def test_fake_tensors_count_what_a_real_run_counts() -> None:

@@ -31,13 +31,13 @@ def _each_step_counted_once() -> Iterator[None]:
     """A count takes about a second, and these tests want many of them twice."""
     counts: dict[Any, StepCount] = {}
 
-    def count(make_model: Callable[[], IDM], batch: int, size: int | tuple[int, int], *setting: Any) -> StepCount:
+    def count(make_model: Callable[[], IDM], batch: int, size: int | tuple[int, int], *setting: Any, threads: int) -> StepCount:
         with torch.device("meta"):
             model = make_model()
         sides = size if isinstance(size, tuple) else (size, size)
-        key = (str(options_of(model)), model.plan, batch, sides, setting)
+        key = (str(options_of(model)), model.plan, batch, sides, setting, threads)
         if key not in counts:
-            counts[key] = count_training_step(make_model, batch, size, *setting)
+            counts[key] = count_training_step(make_model, batch, size, *setting, threads=threads)
         return counts[key]
 
     with pytest.MonkeyPatch.context() as patch:
