@@ -10,7 +10,7 @@ from benchmarks import fastest
 from benchmarks.case import Context, read_run
 from benchmarks.contenders import choices, implementations, ours_by_environment, ours_on, references
 from idm_fast.ops import registry
-from idm_fast.ops.choice import read_choice
+from idm_fast.ops.choice import OpByOp, read_choice
 
 MACHINE = {"device_name": "a processor", "commit": "abc", "torch": "2"}
 
@@ -57,7 +57,7 @@ def test_a_file_is_read_back_and_is_no_result_of_a_case(tmp_path: Path) -> None:
 def test_later_cases_on_a_gpu_time_it_beside_the_implementations(tmp_path: Path) -> None:
     fastest.write(tmp_path, {"geglu": "reference"}, MACHINE)
     path = tmp_path / fastest.FILE
-    known = read_choice(path)
+    known = OpByOp.make({"geglu": "reference"}, "fastest")
     on_cpu, on_gpu = (Context(device, True, fastest=path) for device in ("cpu", "cuda"))
     assert choices(on_cpu) == [*implementations("cpu"), known]
     assert ours_on(on_gpu) is known and ours_by_environment(on_gpu) == {"IDM_FAST_IMPL": str(path)}
