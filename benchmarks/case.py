@@ -90,6 +90,11 @@ class Plot:
     bars: bool = False
 
 
+def in_a_line(error: Exception) -> str:
+    """Its type, and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
 @dataclass
 class Result:
     """The answer of a case."""
@@ -123,8 +128,7 @@ class Result:
 
     def failed(self, what: str, error: Exception) -> None:
         """Write a failure down."""
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        self.failures.append(f"{what}: {type(error).__name__}: {first_line}")
+        self.failures.append(f"{what}: {in_a_line(error)}")
 
     def failed_at(self, where: str) -> Callable[[str, Exception], None]:
         """What writes down that someone failed there."""

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.case import in_a_line
 from benchmarks.timing import take_turns
 
 PLAIN, OURS, CHECKPOINT = "plain autograd", "idm-fast", "torch checkpoint"
@@ -369,8 +370,7 @@ def measure(device: str, quick: bool) -> dict[str, dict[str, Any]]:
     settings = f"{depth} bodies (GroupNorm, SiLU, 3×3 convolution) of {channels} channels, batch {batch}, {side}²"
 
     def failed(who: str, problem: Exception) -> None:
-        message = str(problem).strip().splitlines() or ["without a word"]
-        found[who] = {"failure": f"{type(problem).__name__}: {message[0]}"}
+        found[who] = {"failure": in_a_line(problem)}
 
     for who in (PLAIN, *WHO):
         try:

@@ -235,14 +235,14 @@ class IDM(ModelMixin, ConfigMixin):
         height, width = (-(-side // 32) * 32 for side in aty.shape[2:])  # what the planner counts is sensed in blocks of 32²
         # Kernels allocate what they return; plain PyTorch holds more on its way there.
         plain = tuple(name for name, op in OPS.items() if op.runs_reference(device))
-        key = (aty.shape[0], height, width, autocast, plain)
+        gpu = resident_threads(aty.device)
+        key = (aty.shape[0], height, width, autocast, plain, gpu)
         if key not in self._planned:
             options = options_of(self)
 
             def make_model(steps: int) -> IDM:
                 return type(self)(**options | {"steps": steps})
 
-            gpu = resident_threads(aty.device)
             planner = Planner(make_model, aty.shape[0], (height, width), autocast=autocast, as_reference=plain, threads=gpu)
             plan = planner.plan(len(self.v), budget)
             self._planned[key] = plan.schedule
